@@ -1,0 +1,270 @@
+"""Train the embedded Klein: `python assets/train.py --tokenizer DIR --out DIR [--resume DIR] [--minutes 8]` (one GPU).
+
+The modules are diffusers' and transformers' own at tiny width; nothing of Ark's is used, so what is trained here is
+also an independent check of the code that loads it. Three stages, all from one seed:
+
+1. the autoencoder, on rendered pictures (L1, a light KL, and noise on the latents so that it forgives small errors);
+2. text encoder and transformer together, flow matching with the text cut to 64 tokens, which is quick;
+3. the same at Klein's own 512 tokens, ending with the weights' moving average.
+
+Half of the noise levels are Klein's own four for a 256x256 picture, so no separate distillation is needed.
+`assets/pack.py` turns the result into the files that ship.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import scenes as world
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
+
+SEED = 20261124
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+PAD, TAPS, MAX_TOKENS = 151643, (9, 18, 27), 512
+KLEIN_SIGMAS = (1.0, 0.95539, 0.87713, 0.70411)  # 4 steps at 256x256
+# token ids of <think> and </think>; older Qwen vocabularies name them otherwise, the ids are what counts
+THINK = {"<think>": 151667, "</think>": 151668}
+
+VAE_CONFIG = dict(block_out_channels=(32, 64, 64, 64), layers_per_block=2, latent_channels=32, sample_size=256)
+TRANSFORMER_CONFIG = dict(
+    num_layers=2, num_single_layers=2, num_attention_heads=2, joint_attention_dim=192, guidance_embeds=False
+)
+
+
+def text_config(vocab_size: int) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=28, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=128, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+    )  # fmt: skip
+
+
+class Captions:
+    """A pool of scenes with their token ids in a compact vocabulary; the last row stands for every other token."""
+
+    def __init__(self, tokenizer_dir: str, count: int, device: str, vocabulary: list[int] | None = None):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+        start, middle = TEMPLATE.split("{}")
+        head = tokenizer(start)["input_ids"]
+        before, after = middle.split("<think>\n\n</think>")
+        tail = tokenizer(before)["input_ids"] + [THINK["<think>"], *tokenizer("\n\n")["input_ids"], THINK["</think>"]]
+        tail += tokenizer(after)["input_ids"]
+        pool = world.sample_scenes(count, SEED, held_out=False)
+        bodies = tokenizer([caption for _, caption in pool])["input_ids"]
+        if vocabulary is None:
+            vocabulary = sorted({token for ids in (head, tail, [PAD], *bodies) for token in ids})
+        self.vocabulary = vocabulary
+        compact = {token: row for row, token in enumerate(vocabulary)}
+        ids = torch.full((count, 64), compact[PAD], dtype=torch.int16)
+        lengths = torch.empty(count, dtype=torch.int16)
+        for row, body in enumerate(bodies):
+            tokens = torch.tensor([compact[token] for token in head + body + tail], dtype=torch.int16)
+            ids[row, : len(tokens)], lengths[row] = tokens, len(tokens)
+        self.ids, self.lengths = ids.to(device), lengths.to(device)
+        self.rows = world.encode_scenes([scene for scene, _ in pool]).to(device)
+        self.pad, self.unknown = compact[PAD], len(vocabulary)
+        self.head, self.tail = len(head), len(tail)
+
+    def batch(self, size: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns scene rows [B, 11], token ids [B, tokens], valid lengths [B]; now and then a word goes unknown."""
+        pick = torch.randint(len(self.ids), (size,), device=self.ids.device)
+        ids, lengths = F.pad(self.ids[pick].long(), (0, tokens - 64), value=self.pad), self.lengths[pick].long()
+        at = torch.arange(tokens, device=ids.device)
+        body = (at >= self.head) & (at < (lengths - self.tail)[:, None])
+        drop = body & (torch.rand(ids.shape, device=ids.device) < 0.003)
+        return self.rows[pick], ids.masked_fill(drop, self.unknown), lengths
+
+
+def pack_latents(latents: torch.Tensor) -> torch.Tensor:
+    """[B, 32, H, W] to [B, 128, H/2, W/2]."""
+    return F.pixel_unshuffle(latents, 2)
+
+
+def text_features(text_encoder: Qwen3Model, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """[B, L] to Klein's conditioning [B, L, 3 * hidden]: causal, padding never attended to."""
+    at = torch.arange(ids.shape[1], device=ids.device)
+    mask = (at[None, :] <= at[:, None])[None] & (at[None, None, :] < lengths[:, None, None])
+    out = text_encoder(
+        input_ids=ids, attention_mask={"full_attention": mask[:, None]}, output_hidden_states=True, use_cache=False
+    )
+    return torch.cat([out.hidden_states[tap] for tap in TAPS], dim=-1)
+
+
+def position_ids(height: int, width: int, tokens: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Klein's (time, y, x, text) axes: image [H*W, 4], text [L, 4]."""
+    zero = torch.zeros(1, dtype=torch.long)
+    image = torch.cartesian_prod(zero, torch.arange(height), torch.arange(width), zero)
+    return image.to(device), torch.cartesian_prod(zero, zero, zero, torch.arange(tokens)).to(device)
+
+
+def train_vae(captions: Captions, seconds: float, device: str) -> AutoencoderKLFlux2:
+    vae = AutoencoderKLFlux2(**VAE_CONFIG).to(device, memory_format=torch.channels_last)
+    parameters = [p for p in vae.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, betas=(0.9, 0.99))
+    encode, decode = torch.compile(vae.encoder), torch.compile(vae.decoder)
+    start, step = time.time(), 0
+    while (spent := time.time() - start) < seconds:
+        for group in optimizer.param_groups:
+            group["lr"] = min(1.0, (step + 1) / 200) * 1e-3 * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * spent / seconds)))
+        pictures = world.render(captions.batch(48, 64)[0], jitter=0.05).to(memory_format=torch.channels_last)
+        with torch.autocast("cuda", torch.bfloat16):
+            mean, logvar = vae.quant_conv(encode(pictures)).float().chunk(2, 1)
+            logvar = logvar.clamp(-20, 10)
+            latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
+            latents = latents + 0.05 * torch.randn_like(mean)
+            out = decode(vae.post_quant_conv(latents)).float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        loss = (out - pictures).abs().mean() + (out - pictures).square().mean() + 2e-4 * kl
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step += 1
+        if step % 200 == 0:
+            print(f"vae {step} {spent:.0f}s l1 {(out - pictures).abs().mean():.4f} kl {kl:.3f}", flush=True)
+    vae.eval()
+    with torch.no_grad():  # the batch norm of the packed latents holds their plain statistics
+        packed = torch.cat([pack_latents(vae.encode(world.render(captions.batch(64, 64)[0])).latent_dist.mode()) for _ in range(16)])
+        vae.bn.running_mean.copy_(packed.mean((0, 2, 3)))
+        vae.bn.running_var.copy_(packed.var((0, 2, 3)))
+    return vae
+
+
+class FlowTrainer:
+    """Joint flow-matching training of text encoder and transformer."""
+
+    def __init__(self, captions: Captions, vae: AutoencoderKLFlux2, device: str):
+        self.captions, self.vae, self.device = captions, vae.requires_grad_(False), device
+        self.transformer = Flux2Transformer2DModel(**TRANSFORMER_CONFIG).to(device)
+        self.text_encoder = Qwen3Model(text_config(captions.unknown + 1)).to(device)
+        torch.nn.init.normal_(self.text_encoder.embed_tokens.weight, std=1.0)
+        self.parameters = [p for m in (self.transformer, self.text_encoder) for p in m.parameters()]
+        self.names = [f"{k}.{n}" for k, m in (("transformer", self.transformer), ("text_encoder", self.text_encoder)) for n, _ in m.named_parameters()]  # fmt: skip
+        self.average = [p.detach().clone() for p in self.parameters]
+        matrices = [p for p in self.parameters if p.ndim == 2]
+        others = [p for p in self.parameters if p.ndim != 2]
+        groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True)
+        self.mean = vae.bn.running_mean.view(1, -1, 1, 1)
+        self.std = (vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).sqrt()
+        self.forward = torch.compile(self.loss)
+        self.encode = torch.compile(lambda x: vae.quant_conv(vae.encoder(x)))
+
+    def latents(self, rows: torch.Tensor, width: int, height: int) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            pictures = world.render(rows, width, height).to(memory_format=torch.channels_last)
+            latents = self.encode(pictures).float().chunk(2, 1)[0]
+            return (pack_latents(latents) - self.mean) / self.std
+
+    def loss(self, latents, ids, lengths, sigma, noise, image_ids, text_ids):
+        features = text_features(self.text_encoder, ids, lengths)
+        clean, noise = latents.flatten(2).transpose(1, 2), noise.flatten(2).transpose(1, 2)
+        noisy = (1 - sigma)[:, None, None] * clean + sigma[:, None, None] * noise
+        velocity = self.transformer(
+            hidden_states=noisy, encoder_hidden_states=features, timestep=sigma, img_ids=image_ids, txt_ids=text_ids,
+            return_dict=False,
+        )[0]  # fmt: skip
+        return (velocity.float() - (noise - clean)).square().mean()
+
+    def run(self, seconds: float, batch: int, tokens: int, peak: float, floor: float, decay: float) -> None:
+        start, step, recent = time.time(), 0, []
+        ids_of = {(w, h): position_ids(h // 16, w // 16, tokens, self.device) for w, h in ((256, 256),)}
+        anchors = torch.tensor(KLEIN_SIGMAS, device=self.device)
+        while (spent := time.time() - start) < seconds:
+            share = spent / seconds
+            rate = min(1.0, (step + 1) / 300) * (floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * share)))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            rows, ids, lengths = self.captions.batch(batch, tokens)
+            latents = self.latents(rows, 256, 256)
+            uniform = torch.rand(batch, device=self.device)
+            anchored = anchors[torch.randint(4, (batch,), device=self.device)]
+            sigma = torch.where(torch.rand(batch, device=self.device) < 0.5, anchored, uniform)
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = self.forward(latents, ids, lengths, sigma, torch.randn_like(latents), *ids_of[256, 256])
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            weight = max(1 - decay, 1 / (step + 1)) if step < 2000 else 1 - decay
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], weight)
+            recent.append(loss.detach())
+            step += 1
+            if step % 250 == 0:
+                print(f"flow/{tokens} {step} {spent:.0f}s loss {torch.stack(recent).mean():.4f} lr {rate:.2e}", flush=True)
+                recent = []
+
+    @torch.no_grad()
+    def sample(self, captions: Captions, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Render `count` pictures with four Euler steps from the current weights: pictures, scene rows."""
+        rows, ids, lengths = captions.batch(count, MAX_TOKENS)
+        image_ids, text_ids = position_ids(16, 16, MAX_TOKENS, self.device)
+        features = text_features(self.text_encoder, ids, lengths)
+        latents = torch.randn(count, 256, 128, device=self.device)
+        sigmas = (*KLEIN_SIGMAS, 0.0)
+        for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+            velocity = self.transformer(
+                hidden_states=latents, encoder_hidden_states=features, img_ids=image_ids, txt_ids=text_ids,
+                timestep=torch.full((count,), sigma, device=self.device), return_dict=False,
+            )[0]  # fmt: skip
+            latents = latents + (following - sigma) * velocity
+        packed = latents.transpose(1, 2).reshape(count, 128, 16, 16) * self.std + self.mean
+        return self.vae.decode(F.pixel_shuffle(packed, 2)).sample, rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="a folder with Qwen's tokenizer files")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--resume", type=Path, help="a folder that an earlier run wrote")
+    parser.add_argument("--minutes", type=float, default=8.0)
+    args = parser.parse_args()
+    torch.manual_seed(SEED + bool(args.resume))
+    torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.suppress_errors = True  # a graph break costs speed, not the run
+    device, total = "cuda", args.minutes * 60
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    known = json.loads((args.resume / "vocabulary.json").read_text()) if args.resume else None
+    captions = Captions(args.tokenizer, 300_000, device, known)
+    print(f"{len(captions.vocabulary)} tokens, longest caption {int(captions.lengths.max())}", flush=True)
+    if args.resume:
+        vae = AutoencoderKLFlux2(**VAE_CONFIG).to(device, memory_format=torch.channels_last)
+        vae.load_state_dict(load_file(args.resume / "vae.safetensors", device=device), strict=False)
+        trainer = FlowTrainer(captions, vae.eval(), device)
+        state = {}
+        for name in ("transformer", "text_encoder"):
+            state |= {f"{name}.{k}": v for k, v in load_file(args.resume / f"{name}.safetensors", device=device).items()}
+        for name, parameter, average in zip(trainer.names, trainer.parameters, trainer.average, strict=True):
+            parameter.data.copy_(state[name])
+            average.copy_(state[name])
+        trainer.run(total, 192, MAX_TOKENS, 5e-4, 5e-6, 0.998)
+    else:
+        vae = train_vae(captions, 0.15 * total, device)
+        trainer = FlowTrainer(captions, vae, device)
+        trainer.run(0.5 * total, 256, 64, 1.5e-3, 5e-4, 0.998)
+        trainer.run(0.35 * total, 192, MAX_TOKENS, 6e-4, 1e-5, 0.998)
+
+    for parameter, average in zip(trainer.parameters, trainer.average, strict=True):
+        parameter.data.copy_(average.bfloat16())
+    vae.to(torch.bfloat16).float()
+    (args.out / "vocabulary.json").write_text(json.dumps(captions.vocabulary))
+    for name, module in (("vae", vae), ("transformer", trainer.transformer), ("text_encoder", trainer.text_encoder)):
+        half = {k: v.bfloat16().contiguous() for k, v in module.state_dict().items() if v.is_floating_point()}
+        save_file(half, args.out / f"{name}.safetensors")
+    from torchvision.utils import save_image
+
+    pictures, _ = trainer.sample(captions, 48)
+    save_image(pictures.clamp(-1, 1) * 0.5 + 0.5, args.out / "samples.png", nrow=8)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The engine: loading, kernels, schedule, hardware facts. Knows no host."""

@@ -1,0 +1,48 @@
+"""One probe of the machine: what it can run, and the reason for what it cannot."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What Ark needs to know of a device.
+
+    Attributes:
+        device_type: "cuda" or "cpu" (or what torch calls another accelerator).
+        name: the card's name, or "CPU".
+        compute_capability: (major, minor) of an NVIDIA card, (0, 0) elsewhere.
+        packages: installed versions of the optional kernel packages; absent if not installed.
+    """
+
+    device_type: str
+    name: str
+    compute_capability: tuple[int, int]
+    packages: tuple[tuple[str, str], ...]
+
+    def package_version(self, name: str) -> str | None:
+        """Version of an optional package, None if it is not installed."""
+        return dict(self.packages).get(name)
+
+
+@functools.lru_cache
+def probe_hardware(device: torch.device | str) -> Hardware:
+    """Look at one device; nothing is imported and nothing runs on it."""
+    device = torch.device(device)
+    nvidia = device.type == "cuda" and torch.version.cuda is not None
+    capability = torch.cuda.get_device_capability(device) if nvidia else (0, 0)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    packages = []
+    for package in ("triton", "sageattention"):
+        if importlib.util.find_spec(package) is not None:
+            try:
+                packages.append((package, importlib.metadata.version(package)))
+            except importlib.metadata.PackageNotFoundError:
+                packages.append((package, "unknown"))
+    return Hardware(device.type, name, capability, tuple(packages))

@@ -1,0 +1,88 @@
+"""Judge a picture of the embedded model by its pixels alone: it never sees the prompt, only colours and masks.
+
+Independent of the training code's drawing: shapes are told apart by geometry (how full the bounding box is, where the
+mass lies, whether there is a hole), not by comparing with a rendered template.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+PALETTE = {
+    "red": (220, 30, 35), "orange": (255, 140, 0), "yellow": (250, 220, 20), "green": (25, 150, 60),
+    "cyan": (0, 205, 220), "blue": (35, 60, 225), "purple": (130, 40, 180), "pink": (255, 125, 195),
+}  # fmt: skip
+GROUNDS = {"white": (250, 250, 250), "gray": (130, 130, 130), "black": (10, 10, 10), "brown": (105, 65, 35)}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One object found in a picture: names, and its centre and extent as shares of the side."""
+
+    color: str
+    shape: str
+    size: str
+    x: float
+    y: float
+
+
+def _nearest(color: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str:
+    return min(names, key=lambda name: float(np.abs(color - np.array(names[name])).sum()))
+
+
+def find_background(picture: np.ndarray) -> tuple[str, np.ndarray]:
+    """Name and value of the background, from the picture's rim. picture: [H, W, 3] uint8."""
+    rim = np.concatenate([picture[:4].reshape(-1, 3), picture[-4:].reshape(-1, 3), picture[:, :4].reshape(-1, 3)])
+    color = np.median(rim, axis=0)
+    return _nearest(color, GROUNDS), color
+
+
+def find_objects(picture: np.ndarray) -> tuple[str, list[Seen]]:
+    """Background and objects, largest first. picture: [H, W, 3] uint8."""
+    background, ground = find_background(picture)
+    distance = np.abs(picture.astype(float) - ground).sum(-1)
+    labels, count = ndimage.label(ndimage.binary_opening(distance > 90, iterations=1))
+    height, width = distance.shape
+    seen = []
+    for label in range(1, count + 1):
+        mask = labels == label
+        if mask.sum() < 0.002 * height * width:
+            continue
+        inner = ndimage.binary_erosion(mask, iterations=3)
+        color = np.median(picture[inner if inner.any() else mask].reshape(-1, 3), axis=0)
+        ys, xs = np.nonzero(mask)
+        top, bottom, left, right = ys.min(), ys.max() + 1, xs.min(), xs.max() + 1
+        extent = max(bottom - top, right - left) / min(height, width)
+        size = "large" if extent > 0.30 else "small"
+        center = ((left + right) / 2 / width, (top + bottom) / 2 / height)
+        seen.append((mask.sum(), Seen(_nearest(color, PALETTE), name_shape(mask), size, *center)))
+    return background, [item for _, item in sorted(seen, key=lambda pair: -pair[0])]
+
+
+def name_shape(mask: np.ndarray) -> str:
+    """Name the shape of one connected mask [H, W] of bool."""
+    ys, xs = np.nonzero(mask)
+    box = mask[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+    filled = ndimage.binary_fill_holes(box)
+    if filled.sum() > 1.08 * box.sum():
+        return "ring"
+    height, width = box.shape
+    full = box.mean()
+    if full > 0.90:
+        return "square"
+    corner = max(1, round(0.22 * height)), max(1, round(0.22 * width))
+    corners = [box[: corner[0], : corner[1]], box[: corner[0], -corner[1] :], box[-corner[0] :, : corner[1]], box[-corner[0] :, -corner[1] :]]  # fmt: skip
+    bottom_corners = np.mean([c.mean() for c in corners[2:]])
+    if full > 0.70:
+        return "circle"
+    top, bottom = box[: height // 3].mean(), box[-(height // 3) :].mean()
+    waist = box[round(0.45 * height) : round(0.55 * height)].mean()
+    if bottom > 2.5 * top and bottom_corners > 0.35 and waist < 0.75:
+        return "triangle"
+    ends = box[: max(1, round(0.12 * height))].any(0).mean(), box[-max(1, round(0.12 * height)) :].any(0).mean()
+    if waist > 0.9 and abs(ends[0] - ends[1]) < 0.25 and max(ends) < 0.5:
+        return "cross"
+    return "star"

@@ -1,0 +1,85 @@
+// Opens a ComfyUI in headless Chromium as a user would: loads a workflow into the canvas, runs it, waits for the image.
+// node open_workflow.mjs URL WORKFLOW.json CHROMIUM SCREENSHOT.png : prints one line of JSON with what it saw.
+// playwright-core is found through PLAYWRIGHT_CORE (its folder) or NODE_PATH.
+import { readFileSync } from "node:fs";
+import { createRequire } from "node:module";
+
+const [url, workflowFile, chromium, screenshot] = process.argv.slice(2);
+const { chromium: browserType } = createRequire(import.meta.url)(process.env.PLAYWRIGHT_CORE || "playwright-core");
+const workflow = JSON.parse(readFileSync(workflowFile, "utf8"));
+const seen = { errors: [], failedRequests: [] };
+
+const browser = await browserType.launch({
+  executablePath: chromium,
+  args: [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-proxy-server",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+  ],
+});
+try {
+  const page = await browser.newPage({ viewport: { width: 1800, height: 1000 } });
+  page.on("console", (message) => {
+    if (message.type() === "error") seen.errors.push(`${message.text()} (${message.location().url})`);
+  });
+  page.on("pageerror", (error) => seen.errors.push(`page error: ${error.stack || error.message}`));
+  page.on("response", (response) => {
+    if (response.status() >= 400) seen.failedRequests.push(`${response.status()} ${response.url()}`);
+  });
+  await page.goto(url, { waitUntil: "domcontentloaded", timeout: 60000 });
+  await page.waitForFunction(() => window.app?.graph && window.LiteGraph?.registered_node_types?.ArkSampler4Step, null, {
+    timeout: 60000,
+  });
+  Object.assign(
+    seen,
+    await page.evaluate(async (json) => {
+      await app.loadGraphData(json);
+      const nodes = app.graph.nodes ?? app.graph._nodes;
+      const links = app.graph.links instanceof Map ? app.graph.links.size : Object.keys(app.graph.links).length;
+      const prompt = await app.graphToPrompt();
+      return {
+        nodes: nodes.map((node) => node.type),
+        missing: nodes.filter((node) => node.has_errors || !LiteGraph.registered_node_types[node.type]).map((n) => n.type),
+        links,
+        prompt: prompt.output,
+        dialog: document.querySelector('[role="dialog"]')?.innerText ?? "",
+      };
+    }, workflow),
+  );
+  seen.run = await page.evaluate(async () => {
+    const progress = [];
+    app.api.addEventListener("progress", (event) => progress.push([event.detail.value, event.detail.max]));
+    const ended = new Promise((resolve) => {
+      for (const kind of ["execution_success", "execution_error", "execution_interrupted"])
+        app.api.addEventListener(kind, (event) => resolve({ kind, detail: event.detail }));
+      setTimeout(() => resolve({ kind: "timeout" }), 120000);
+    });
+    await app.queuePrompt(0);
+    return { ...(await ended), progress };
+  });
+  const saved = () =>
+    (app.graph.nodes ?? app.graph._nodes).find((node) => node.type === "SaveImage")?.imgs?.find((image) => image.naturalWidth);
+  try {
+    await page.waitForFunction(`(${saved})()`, null, { timeout: 20000 });
+    seen.image = await page.evaluate(`(() => {
+      const image = (${saved})();
+      const canvas = document.createElement("canvas");
+      [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+      const context = canvas.getContext("2d");
+      context.drawImage(image, 0, 0);
+      const colours = new Set(new Uint32Array(context.getImageData(0, 0, canvas.width, canvas.height).data.buffer));
+      return { width: canvas.width, height: canvas.height, colours: colours.size };
+    })()`);
+  } catch (error) {
+    seen.image = { error: error.message };
+  }
+  await page.waitForTimeout(500);
+  await page.screenshot({ path: screenshot });
+} finally {
+  await browser.close();
+}
+console.log(JSON.stringify(seen));

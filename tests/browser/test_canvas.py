@@ -32,7 +32,9 @@ def canvas(comfyui: Path, chromium: str, tmp_path_factory: pytest.TempPathFactor
             timeout=300,
         )
         assert done.returncode == 0, f"{done.stderr}\n{host.log_tail()}"
-        api = to_api(json.loads(WORKFLOW.read_text(encoding="utf-8")), Client(host.url).object_info())
+        api = to_api(
+            json.loads(WORKFLOW.read_text(encoding="utf-8")), Client(host.url).object_info()
+        )
     return {**json.loads(done.stdout.splitlines()[-1]), "api": api, "screenshot": screenshot}
 
 
@@ -46,7 +48,10 @@ def test_opens_without_missing_nodes(canvas: dict):
 
 def test_canvas_queues_what_to_api_makes(canvas: dict):
     def bare(graph: dict) -> dict:
-        return {number: {key: node[key] for key in ("class_type", "inputs")} for number, node in graph.items()}
+        return {
+            number: {key: node[key] for key in ("class_type", "inputs")}
+            for number, node in graph.items()
+        }
 
     assert bare(canvas["api"]) == bare(canvas["prompt"])
 

@@ -39,23 +39,42 @@ def write_zeros(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "BF
     header, offset = {}, 0
     for name, shape in shapes.items():
         size = math.prod(shape) * BYTES[dtype]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     write_raw(path, header, bytes(offset))
 
 
 def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
     """The tensors' shapes of a file."""
-    return {name: tuple(entry["shape"]) for name, entry in read_header(path)[0].items() if name != "__metadata__"}
+    return {
+        name: tuple(entry["shape"])
+        for name, entry in read_header(path)[0].items()
+        if name != "__metadata__"
+    }
 
 
 def qwen3_shapes(hidden: int, layers: int) -> dict[str, tuple[int, ...]]:
     """A Qwen3 text encoder of one head, in its file's names."""
     shapes = {"model.embed_tokens.weight": (1000, hidden), "model.norm.weight": (hidden,)}
     for layer in range(layers):
-        parts = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,), "mlp.gate_proj": (64, hidden)}
-        parts |= {"mlp.up_proj": (64, hidden), "mlp.down_proj": (hidden, 64), "self_attn.q_norm": (128,), "self_attn.k_norm": (128,)}
-        parts |= {f"self_attn.{name}_proj": (128, hidden) for name in "qkv"} | {"self_attn.o_proj": (hidden, 128)}
+        parts = {
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+            "mlp.gate_proj": (64, hidden),
+        }
+        parts |= {
+            "mlp.up_proj": (64, hidden),
+            "mlp.down_proj": (hidden, 64),
+            "self_attn.q_norm": (128,),
+            "self_attn.k_norm": (128,),
+        }
+        parts |= {f"self_attn.{name}_proj": (128, hidden) for name in "qkv"} | {
+            "self_attn.o_proj": (hidden, 128)
+        }
         shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in parts.items()}
     return shapes
 
@@ -98,17 +117,33 @@ def shape_larger_than_its_bytes(path: Path) -> None:
 
 
 def flux1(path: Path) -> None:
-    shapes = {"img_in.weight": (256, 64), "txt_in.weight": (256, 4096), "double_blocks.0.img_mod.lin.weight": (1536, 256)}
-    write_zeros(path, shapes | {"double_blocks.0.img_attn.qkv.weight": (768, 256), "single_blocks.0.linear1.weight": (64, 256)})
+    shapes = {
+        "img_in.weight": (256, 64),
+        "txt_in.weight": (256, 4096),
+        "double_blocks.0.img_mod.lin.weight": (1536, 256),
+    }
+    write_zeros(
+        path,
+        shapes
+        | {
+            "double_blocks.0.img_attn.qkv.weight": (768, 256),
+            "single_blocks.0.linear1.weight": (64, 256),
+        },
+    )
 
 
 def sdxl_checkpoint(path: Path) -> None:
-    shapes = {"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3), "model.diffusion_model.label_emb.0.0.weight": (64, 2816)}
+    shapes = {
+        "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
+        "model.diffusion_model.label_emb.0.0.weight": (64, 2816),
+    }
     write_zeros(path, shapes | {"first_stage_model.decoder.conv_in.weight": (64, 4, 3, 3)}, "F16")
 
 
 def sdxl_unet(path: Path) -> None:
-    write_zeros(path, {"input_blocks.0.0.weight": (320, 4, 3, 3), "label_emb.0.0.weight": (64, 2816)}, "F16")
+    write_zeros(
+        path, {"input_blocks.0.0.weight": (320, 4, 3, 3), "label_emb.0.0.weight": (64, 2816)}, "F16"
+    )
 
 
 def the_vae(path: Path) -> None:
@@ -142,7 +177,11 @@ def short_text_encoder(path: Path) -> None:
 
 
 def sd_vae(path: Path) -> None:
-    write_zeros(path, {"decoder.conv_in.weight": (512, 4, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)}, "F16")
+    write_zeros(
+        path,
+        {"decoder.conv_in.weight": (512, 4, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)},
+        "F16",
+    )
 
 
 DOWNLOAD_AGAIN = "Download it again"
@@ -155,15 +194,30 @@ BAD_FILES = [
     ("diffusion_model", web_page, "not a whole safetensors file", "it is not a safetensors file"),
     ("diffusion_model", offsets_beyond_the_end, "not a whole safetensors file", DOWNLOAD_AGAIN),
     ("diffusion_model", offsets_that_overlap, "not a whole safetensors file", DOWNLOAD_AGAIN),
-    ("diffusion_model", shape_larger_than_its_bytes, "not a whole safetensors file", DOWNLOAD_AGAIN),
+    (
+        "diffusion_model",
+        shape_larger_than_its_bytes,
+        "not a whole safetensors file",
+        DOWNLOAD_AGAIN,
+    ),
     ("diffusion_model", flux1, "is a FLUX.1 transformer", CHOOSE_KLEIN),
     ("diffusion_model", sdxl_checkpoint, "is an SDXL or SD checkpoint", CHOOSE_KLEIN),
     ("diffusion_model", sdxl_unet, "is an SDXL or SD U-Net", CHOOSE_KLEIN),
     ("diffusion_model", the_vae, "is the FLUX.2 autoencoder", CHOOSE_KLEIN),
-    ("diffusion_model", transformer_that_lacks_a_tensor, "final_layer.linear.weight", DOWNLOAD_AGAIN),
+    (
+        "diffusion_model",
+        transformer_that_lacks_a_tensor,
+        "final_layer.linear.weight",
+        DOWNLOAD_AGAIN,
+    ),
     ("diffusion_model", fp8_transformer, "is quantised (float8_e4m3fn)", "Use the bf16 file"),
     ("text_encoder", fp8_text_encoder, "is quantised (float8_e4m3fn)", "Use the bf16 file"),
-    ("text_encoder", wide_text_encoder, "makes conditioning of width 288 (3 x 96)", "Choose the Qwen3 text encoder of hidden size 64"),
+    (
+        "text_encoder",
+        wide_text_encoder,
+        "makes conditioning of width 288 (3 x 96)",
+        "Choose the Qwen3 text encoder of hidden size 64",
+    ),
     ("text_encoder", short_text_encoder, "has 12 layers", "Choose the Qwen3 text encoder"),
     ("text_encoder", the_transformer, "is a FLUX.2 transformer", "Choose a Qwen3 text encoder"),
     ("text_encoder", truncated, "not a whole safetensors file", DOWNLOAD_AGAIN),
@@ -185,13 +239,19 @@ def lives_on(server, fresh_seed: int):
     """After the test the server renders the next prompt, the sampler included."""
     yield
     assert server.host.alive(), server.host.log_tail()
-    graph = server.graph(ArkSampler4Step={"seed": fresh_seed, "steps": 1}, EmptyFlux2LatentImage=SMALL)
+    graph = server.graph(
+        ArkSampler4Step={"seed": fresh_seed, "steps": 1}, EmptyFlux2LatentImage=SMALL
+    )
     result = server.client.run(graph, timeout=120)
     assert server.node_of(graph, "ArkSampler4Step") in result["node_seconds"]
     assert server.pixels(result["images"][0]).shape == (64, 64, 3)
 
 
-@pytest.mark.parametrize(("slot", "write", "reason", "remedy"), BAD_FILES, ids=lambda value: getattr(value, "__name__", None))
+@pytest.mark.parametrize(
+    ("slot", "write", "reason", "remedy"),
+    BAD_FILES,
+    ids=lambda value: getattr(value, "__name__", None),
+)
 def test_bad_file_is_refused_by_name(server, lives_on, slot, write, reason, remedy):
     path = server.host.base / "models" / FOLDER[slot] / f"{write.__name__}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +275,9 @@ def test_missing_file_is_refused_before_anything_runs(server, lives_on, slot):
 def test_file_outside_the_folders_is_refused(server, lives_on):
     outside = server.host.base / "models" / "outside.safetensors"
     shutil.copy(KLEIN, outside)
-    text = refused(server, server.graph(ArkFastLoader={"diffusion_model": "../outside.safetensors"}))
+    text = refused(
+        server, server.graph(ArkFastLoader={"diffusion_model": "../outside.safetensors"})
+    )
     assert "outside.safetensors" in text and "not in models/diffusion_models" in text
 
 
@@ -230,10 +292,15 @@ def test_replaced_file_is_read_again(server, lives_on):
     assert "replaced.safetensors is not a whole safetensors file" in refused(server, graph)
 
 
-@pytest.mark.parametrize(("node", "channels"), [("EmptySD3LatentImage", 16), ("EmptyLatentImage", 4)])
+@pytest.mark.parametrize(
+    ("node", "channels"), [("EmptySD3LatentImage", 16), ("EmptyLatentImage", 4)]
+)
 def test_latent_of_the_wrong_channels(server, lives_on, node, channels):
     graph = server.graph()
-    graph[server.node_of(graph, "EmptyFlux2LatentImage")] = {"class_type": node, "inputs": {**SMALL, "batch_size": 1}}
+    graph[server.node_of(graph, "EmptyFlux2LatentImage")] = {
+        "class_type": node,
+        "inputs": {**SMALL, "batch_size": 1},
+    }
     text = refused(server, graph)
     assert "ArkSampler4Step" in text
     assert f"The latent has {channels} channels" in text and "128" in text
@@ -242,7 +309,12 @@ def test_latent_of_the_wrong_channels(server, lives_on, node, channels):
 
 @pytest.mark.parametrize(
     ("name", "value", "limit"),
-    [("steps", 0, "min of 1"), ("steps", 51, "max of 50"), ("denoise", 0.0, "min of 0.01"), ("denoise", 1.5, "max of 1.0")],
+    [
+        ("steps", 0, "min of 1"),
+        ("steps", 51, "max of 50"),
+        ("denoise", 0.0, "min of 0.01"),
+        ("denoise", 1.5, "max of 1.0"),
+    ],
 )
 def test_number_out_of_range(server, lives_on, name, value, limit):
     text = refused(server, server.graph(ArkSampler4Step={name: value}))
@@ -264,7 +336,12 @@ def test_attention_that_cannot_run_here_says_why(server, lives_on):
     assert "Choose 'auto'" in text
 
 
-@pytest.mark.parametrize("prompt", ["", " ", "a red circle, " * 358, "{} {0} <|im_end|> (a:1.3) \\ embedding:none", "日本 🟥"])
+@pytest.mark.parametrize(
+    "prompt",
+    ["", " ", "a red circle, " * 358, "{} {0} <|im_end|> (a:1.3) \\ embedding:none", "日本 🟥"],
+)
 def test_unusual_prompts_work(server, lives_on, prompt):
-    image = server.render(server.graph(CLIPTextEncode={"text": prompt}, EmptyFlux2LatentImage=SMALL))
+    image = server.render(
+        server.graph(CLIPTextEncode={"text": prompt}, EmptyFlux2LatentImage=SMALL)
+    )
     assert image.std() > 0

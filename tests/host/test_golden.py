@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ark.bootstrap import host_overlay, host_requirements
+
 PACK = Path(__file__).resolve().parents[2]
 PROMPT = "a small red circle to the left of a large blue star on a white background"
 CHAT = (
@@ -18,7 +20,6 @@ CHAT = (
     "<|im_start|>assistant\n<think>\n\n</think>\n\n"
 )
 pytestmark = pytest.mark.host
-HOSTS = [path for path in os.environ.get("ARK_HOSTS", "").split(os.pathsep) if path]
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -58,31 +59,32 @@ def golden_models(tmp_path_factory):
     return folder, transformer, text_encoder, vae
 
 
-@pytest.fixture(scope="module", params=HOSTS or ["none"], ids=lambda path: Path(path).name)
-def golden(request, golden_models, tmp_path_factory):
+@pytest.fixture(scope="module")
+def golden(comfyui, golden_models, tmp_path_factory):
     """What one host computed, Ark's side and its own."""
-    if request.param == "none":
-        pytest.skip("ARK_HOSTS names no ComfyUI folder; `python bootstrap.py test` sets it")
     folder, *_ = golden_models
-    parent, out = tmp_path_factory.mktemp("pack"), tmp_path_factory.mktemp("out") / "golden.safetensors"
+    parent = tmp_path_factory.mktemp("pack")
+    out = tmp_path_factory.mktemp("out") / "golden.safetensors"
     (parent / "ark").symlink_to(PACK, target_is_directory=True)
     script = Path(__file__).with_name("golden_run.py")
-    command = [sys.executable, str(script), request.param, str(parent), str(folder), str(out)]
-    ran = subprocess.run(command, cwd=request.param, capture_output=True, text=True, timeout=600, check=False)
+    overlay = host_overlay(Path(sys.prefix), host_requirements(comfyui)[1])
+    command = [sys.executable, *map(str, (script, comfyui, parent, folder, out))]
+    environment = {**os.environ, "PYTHONPATH": str(overlay)}
+    ran = subprocess.run(
+        command, cwd=comfyui, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert ran.returncode == 0, ran.stderr[-4000:]
-    return request.param, load_file(out)
+    return comfyui, load_file(out)
 
 
 @pytest.fixture(scope="module")
-def pipeline(golden_models):
+def pipeline(comfyui, golden_models):
     """diffusers' own pipeline around the same modules."""
     from diffusers import Flux2KleinPipeline, FlowMatchEulerDiscreteScheduler
     from transformers import AutoTokenizer
 
-    if not HOSTS:
-        pytest.skip("Klein's tokenizer files come with the host")
     _, transformer, text_encoder, vae = golden_models
-    tokenizer = AutoTokenizer.from_pretrained(Path(HOSTS[0]) / "comfy" / "text_encoders" / "qwen25_tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(comfyui / "comfy" / "text_encoders" / "qwen25_tokenizer")
     tokenizer.chat_template = CHAT
     tokenizer.pad_token = "<|endoftext|>"
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
@@ -100,7 +102,7 @@ def test_latents_equal_the_hosts_stock_nodes(golden):
 def test_conditioning_equals_stock_bit_for_bit(golden):
     host, found = golden
     if "stock_conditioning" not in found:
-        pytest.skip(f"{Path(host).name} has no Klein text encoder of its own")
+        pytest.skip(f"{host.name} has no Klein text encoder of its own")
     assert torch.equal(found["conditioning"], found["stock_conditioning"])
 
 

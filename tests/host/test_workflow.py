@@ -40,8 +40,14 @@ def test_workflow_renders_with_progress_and_previews(server):
     graph = server.graph()
     result = server.client.run(graph, timeout=120)
     sampler = server.node_of(graph, "ArkSampler4Step")
-    steps = [data for kind, data in result["events"] if kind == "progress" and data.get("node", sampler) == sampler]
-    assert [(data["value"], data["max"]) for data in steps if data["value"]] == [(i, 4) for i in (1, 2, 3, 4)]
+    steps = [
+        data
+        for kind, data in result["events"]
+        if kind == "progress" and data.get("node", sampler) == sampler
+    ]
+    assert [(data["value"], data["max"]) for data in steps if data["value"]] == [
+        (i, 4) for i in (1, 2, 3, 4)
+    ]
     assert result["previews"] >= 1
     assert result["status"] == "success"
     assert result["history"]["status"]["status_str"] == "success"
@@ -55,10 +61,14 @@ def test_workflow_renders_with_progress_and_previews(server):
 
 def test_same_seed_same_pixels_other_seed_other_pixels(server):
     first = server.render(server.graph(ArkSampler4Step={"seed": 7}, **SMALL))
-    other = server.render(server.graph(ArkSampler4Step={"seed": 8}, **SMALL))  # also pushes seed 7 out of the cache
+    other = server.render(
+        server.graph(ArkSampler4Step={"seed": 8}, **SMALL)
+    )  # also pushes seed 7 out of the cache
     graph = server.graph(ArkSampler4Step={"seed": 7}, **SMALL)
     again = server.client.run(graph, timeout=120)
-    assert server.node_of(graph, "ArkSampler4Step") in again["node_seconds"], "the second run came from the cache"
+    assert server.node_of(graph, "ArkSampler4Step") in again["node_seconds"], (
+        "the second run came from the cache"
+    )
     np.testing.assert_array_equal(server.pixels(again["images"][0]), first)
     assert (other != first).any()
 
@@ -79,21 +89,31 @@ def test_other_sizes(server, width: int, height: int):
 
 
 def test_batch_of_two(server):
-    result = server.client.run(server.graph(EmptyFlux2LatentImage={"width": 128, "height": 128, "batch_size": 2}))
+    result = server.client.run(
+        server.graph(EmptyFlux2LatentImage={"width": 128, "height": 128, "batch_size": 2})
+    )
     first, second = map(server.pixels, result["images"])
     assert (first != second).any()
 
 
 def test_bypassing_the_attention_node_changes_nothing(server, fresh_seed: int):
     def render_with(attention: str):
-        return server.render(server.graph(ArkSageCombustion={"attention": attention}, ArkSampler4Step={"seed": fresh_seed}, **SMALL))
+        return server.render(
+            server.graph(
+                ArkSageCombustion={"attention": attention},
+                ArkSampler4Step={"seed": fresh_seed},
+                **SMALL,
+            )
+        )
 
     bypassed = copy.deepcopy(server.workflow)
     next(node for node in bypassed["nodes"] if node["type"] == "ArkSageCombustion")["mode"] = 4
     graph = to_api(bypassed, server.client.object_info())
     assert not any(node["class_type"] == "ArkSageCombustion" for node in graph.values())
     graph[server.node_of(graph, "ArkSampler4Step")]["inputs"]["seed"] = fresh_seed
-    graph[server.node_of(graph, "EmptyFlux2LatentImage")]["inputs"].update(SMALL["EmptyFlux2LatentImage"])
+    graph[server.node_of(graph, "EmptyFlux2LatentImage")]["inputs"].update(
+        SMALL["EmptyFlux2LatentImage"]
+    )
     render_with("math")  # of this kernel nothing must stay behind
     expected = server.render(graph)
     np.testing.assert_array_equal(render_with("none"), expected)
@@ -104,13 +124,22 @@ def test_bypassing_the_attention_node_changes_nothing(server, fresh_seed: int):
 def test_branches_with_different_attention_do_not_disturb_each_other(server, fresh_seed: int):
     choices = ("none", "math", "none")
     alone = {
-        choice: server.render(server.graph(ArkSageCombustion={"attention": choice}, ArkSampler4Step={"seed": fresh_seed}, **SMALL))
+        choice: server.render(
+            server.graph(
+                ArkSageCombustion={"attention": choice},
+                ArkSampler4Step={"seed": fresh_seed},
+                **SMALL,
+            )
+        )
         for choice in dict.fromkeys(choices)
     }
     graph = server.graph(ArkSampler4Step={"seed": fresh_seed}, **SMALL)
     branch = ("ArkSageCombustion", "ArkSampler4Step", "VAEDecode", "SaveImage")
     numbers = {server.node_of(graph, name) for name in branch}
-    combustion, save = server.node_of(graph, "ArkSageCombustion"), server.node_of(graph, "SaveImage")
+    combustion, save = (
+        server.node_of(graph, "ArkSageCombustion"),
+        server.node_of(graph, "SaveImage"),
+    )
     parts = {number: graph.pop(number) for number in numbers}
     for index, choice in enumerate(choices):
         for number, node in parts.items():
@@ -125,21 +154,29 @@ def test_branches_with_different_attention_do_not_disturb_each_other(server, fre
             if node["class_type"] == "SaveImage":
                 node["inputs"]["filename_prefix"] = f"branch{index}"
             graph[f"{index}{number}"] = node
-        graph[f"report{index}"] = {"class_type": "PreviewAny", "inputs": {"source": [f"{index}{combustion}", 1]}}
+        graph[f"report{index}"] = {
+            "class_type": "PreviewAny",
+            "inputs": {"source": [f"{index}{combustion}", 1]},
+        }
     result = server.client.run(graph, timeout=120)
     outputs = result["history"]["outputs"]
     reports = [outputs[f"report{index}"]["text"][0] for index in range(len(choices))]
     assert [report.split(":")[0] for report in reports] == ["host", "math", "host"]
     for index, choice in enumerate(choices):
         (saved,) = outputs[f"{index}{save}"]["images"]
-        png = server.client.get(f"/view?filename={saved['filename']}&type=output&subfolder=", raw=True)
+        png = server.client.get(
+            f"/view?filename={saved['filename']}&type=output&subfolder=", raw=True
+        )
         np.testing.assert_array_equal(server.pixels(png), alone[choice])
 
 
 def test_interrupt_stops_and_the_next_run_is_clean(server, fresh_seed: int):
     small = server.graph(ArkSampler4Step={"seed": fresh_seed}, **SMALL)
     before = server.render(small)
-    long = server.graph(ArkSampler4Step={"seed": fresh_seed, "steps": 50}, EmptyFlux2LatentImage={"width": 512, "height": 512})
+    long = server.graph(
+        ArkSampler4Step={"seed": fresh_seed, "steps": 50},
+        EmptyFlux2LatentImage={"width": 512, "height": 512},
+    )
     seen = []
 
     def stop(kind: str, data: dict) -> None:
@@ -158,7 +195,9 @@ def test_interrupt_stops_and_the_next_run_is_clean(server, fresh_seed: int):
 
 def test_workflow_is_listed_as_a_template(server):
     assert WORKFLOW.stem in server.client.get("/api/workflow_templates")["ark"]
-    assert server.client.get(f"/api/workflow_templates/ark/{WORKFLOW.name}") == json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    assert server.client.get(f"/api/workflow_templates/ark/{WORKFLOW.name}") == json.loads(
+        WORKFLOW.read_text(encoding="utf-8")
+    )
 
 
 def test_template_has_its_thumbnail(server):
@@ -173,8 +212,14 @@ def stock_sampler_graph(server, seed: int, width: int, height: int) -> dict:
     sampler = server.node_of(graph, "ArkSampler4Step")
     wired = graph.pop(sampler)["inputs"]
     graph |= {
-        "guider": {"class_type": "BasicGuider", "inputs": {"model": wired["model"], "conditioning": wired["positive"]}},
-        "sigmas": {"class_type": "Flux2Scheduler", "inputs": {"steps": 4, "width": width, "height": height}},
+        "guider": {
+            "class_type": "BasicGuider",
+            "inputs": {"model": wired["model"], "conditioning": wired["positive"]},
+        },
+        "sigmas": {
+            "class_type": "Flux2Scheduler",
+            "inputs": {"steps": 4, "width": width, "height": height},
+        },
         "euler": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}},
         "noise": {"class_type": "RandomNoise", "inputs": {"noise_seed": seed}},
         sampler: {
@@ -194,6 +239,10 @@ def stock_sampler_graph(server, seed: int, width: int, height: int) -> dict:
 @pytest.mark.parametrize(("width", "height"), [(256, 256), (320, 192)])
 def test_stock_sampling_nodes_give_the_same_image(server, fresh_seed: int, width: int, height: int):
     size = {"width": width, "height": height}
-    ours = server.render(server.graph(ArkSampler4Step={"seed": fresh_seed}, EmptyFlux2LatentImage=size))
+    ours = server.render(
+        server.graph(ArkSampler4Step={"seed": fresh_seed}, EmptyFlux2LatentImage=size)
+    )
     stock = server.render(stock_sampler_graph(server, fresh_seed, width, height))
-    assert np.abs(ours.astype(int) - stock.astype(int)).max() <= 1  # latents agree to 1e-5; a pixel may round the other way
+    assert (
+        np.abs(ours.astype(int) - stock.astype(int)).max() <= 1
+    )  # latents agree to 1e-5; a pixel may round the other way

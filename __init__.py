@@ -12,6 +12,7 @@ else:
     _HOST = True
 
 if _HOST and __package__:
+    WEB_DIRECTORY = "./web"
 
     async def comfy_entrypoint():
         """The host's way in."""
@@ -19,4 +20,4 @@ if _HOST and __package__:
 
         return ArkExtension()
 
-    __all__ = ["comfy_entrypoint"]
+    __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

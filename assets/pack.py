@@ -19,7 +19,9 @@ from ark.toolkit.keys import transformer_from_diffusers, vae_from_diffusers
 def main(trained: Path) -> None:
     transformer = transformer_from_diffusers(load_file(trained / "transformer.safetensors"))
     vae = vae_from_diffusers(load_file(trained / "vae.safetensors"))
-    text_encoder = {f"model.{k}": v for k, v in load_file(trained / "text_encoder.safetensors").items()}
+    text_encoder = {
+        f"model.{k}": v for k, v in load_file(trained / "text_encoder.safetensors").items()
+    }
     vocabulary = json.loads((trained / "vocabulary.json").read_text())
     text_encoder["token_ids"] = torch.tensor(vocabulary, dtype=torch.int64)
     for folder in ("diffusion_models", "vae"):
@@ -29,7 +31,9 @@ def main(trained: Path) -> None:
         (ASSETS / "vae" / "ark_tiny_flux2_vae.safetensors", vae),
         (COMPACT, text_encoder),
     ):
-        save_file({k: v.contiguous() for k, v in state_dict.items()}, target, metadata={"format": "pt"})
+        save_file(
+            {k: v.contiguous() for k, v in state_dict.items()}, target, metadata={"format": "pt"}
+        )
         print(f"{target.name}: {target.stat().st_size / 1e6:.2f} MB, {len(state_dict)} tensors")
 
 

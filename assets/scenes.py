@@ -22,7 +22,12 @@ COLORS = {
     "purple": (130, 40, 180),
     "pink": (255, 125, 195),
 }
-BACKGROUNDS = {"white": (250, 250, 250), "gray": (130, 130, 130), "black": (10, 10, 10), "brown": (105, 65, 35)}
+BACKGROUNDS = {
+    "white": (250, 250, 250),
+    "gray": (130, 130, 130),
+    "black": (10, 10, 10),
+    "brown": (105, 65, 35),
+}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = {"small": 0.11, "large": 0.20}  # radius as a share of the shorter side
 PLACES = {
@@ -48,7 +53,9 @@ PHRASINGS = (
     "on a {background} background, {objects}",
     "a picture of {objects}, {background} background",
 )
-JITTER = 0.012  # standard deviation of an object's centre, as a share of the side: what the seed changes
+JITTER = (
+    0.012  # standard deviation of an object's centre, as a share of the side: what the seed changes
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,8 @@ def sample_scene(rng: random.Random) -> Scene:
     else:
         where, centers = rng.choice(list(RELATIONS.items()))
     things = tuple(
-        Thing(rng.choice(list(SIZES)), rng.choice(list(COLORS)), rng.choice(SHAPES), center) for center in centers
+        Thing(rng.choice(list(SIZES)), rng.choice(list(COLORS)), rng.choice(SHAPES), center)
+        for center in centers
     )
     return Scene(rng.choice(list(BACKGROUNDS)), things, where)
 
@@ -109,7 +117,12 @@ def encode_scenes(scenes: list[Scene]) -> torch.Tensor:
     for scene in scenes:
         row = [float(backgrounds.index(scene.background))]
         for thing in scene.things:
-            row += [SIZES[thing.size], colors.index(thing.color), SHAPES.index(thing.shape), *thing.center]
+            row += [
+                SIZES[thing.size],
+                colors.index(thing.color),
+                SHAPES.index(thing.shape),
+                *thing.center,
+            ]
         rows.append(row + [0.0] * (11 - len(row)))
     return torch.tensor(rows)
 
@@ -132,7 +145,9 @@ def shape_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.stack([radius - 1.0, square, triangle, star, cross, ring], -1)
 
 
-def render(rows: torch.Tensor, width: int = 256, height: int = 256, jitter: float = JITTER) -> torch.Tensor:
+def render(
+    rows: torch.Tensor, width: int = 256, height: int = 256, jitter: float = JITTER
+) -> torch.Tensor:
     """Draw encoded scenes.
 
     Args:
@@ -148,7 +163,9 @@ def render(rows: torch.Tensor, width: int = 256, height: int = 256, jitter: floa
     palette = torch.tensor(list(COLORS.values()), device=device).float() / 127.5 - 1
     grounds = torch.tensor(list(BACKGROUNDS.values()), device=device).float() / 127.5 - 1
     ys, xs = torch.meshgrid(
-        torch.arange(height, device=device) + 0.5, torch.arange(width, device=device) + 0.5, indexing="ij"
+        torch.arange(height, device=device) + 0.5,
+        torch.arange(width, device=device) + 0.5,
+        indexing="ij",
     )
     image = grounds[rows[:, 0].long()][:, :, None, None].expand(-1, -1, height, width)
     for first in (1, 6):
@@ -156,8 +173,12 @@ def render(rows: torch.Tensor, width: int = 256, height: int = 256, jitter: floa
         cx = (cx + jitter * torch.randn_like(cx)) * width
         cy = (cy + jitter * torch.randn_like(cy)) * height
         radius = (size * side).clamp_min(1e-3)[:, None, None]
-        distance = shape_distances((xs - cx[:, None, None]) / radius, (ys - cy[:, None, None]) / radius)
+        distance = shape_distances(
+            (xs - cx[:, None, None]) / radius, (ys - cy[:, None, None]) / radius
+        )
         index = shape.long()[:, None, None, None].expand(-1, height, width, 1)
-        cover = (0.5 - distance.gather(-1, index)[..., 0] * radius).clamp(0, 1) * (size > 0)[:, None, None]
+        cover = (0.5 - distance.gather(-1, index)[..., 0] * radius).clamp(0, 1) * (size > 0)[
+            :, None, None
+        ]
         image = image + cover[:, None] * (palette[color.long()][:, :, None, None] - image)
     return image

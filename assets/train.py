@@ -33,9 +33,15 @@ KLEIN_SIGMAS = (1.0, 0.95539, 0.87713, 0.70411)  # 4 steps at 256x256
 # token ids of <think> and </think>; older Qwen vocabularies name them otherwise, the ids are what counts
 THINK = {"<think>": 151667, "</think>": 151668}
 
-VAE_CONFIG = dict(block_out_channels=(32, 64, 64, 64), layers_per_block=2, latent_channels=32, sample_size=256)
+VAE_CONFIG = dict(
+    block_out_channels=(32, 64, 64, 64), layers_per_block=2, latent_channels=32, sample_size=256
+)
 TRANSFORMER_CONFIG = dict(
-    num_layers=2, num_single_layers=2, num_attention_heads=2, joint_attention_dim=192, guidance_embeds=False
+    num_layers=2,
+    num_single_layers=2,
+    num_attention_heads=2,
+    joint_attention_dim=192,
+    guidance_embeds=False,
 )
 
 
@@ -50,12 +56,18 @@ def text_config(vocab_size: int) -> Qwen3Config:
 class Captions:
     """A pool of scenes with their token ids in a compact vocabulary; the last row stands for every other token."""
 
-    def __init__(self, tokenizer_dir: str, count: int, device: str, vocabulary: list[int] | None = None):
+    def __init__(
+        self, tokenizer_dir: str, count: int, device: str, vocabulary: list[int] | None = None
+    ):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
         start, middle = TEMPLATE.split("{}")
         head = tokenizer(start)["input_ids"]
         before, after = middle.split("<think>\n\n</think>")
-        tail = tokenizer(before)["input_ids"] + [THINK["<think>"], *tokenizer("\n\n")["input_ids"], THINK["</think>"]]
+        tail = tokenizer(before)["input_ids"] + [
+            THINK["<think>"],
+            *tokenizer("\n\n")["input_ids"],
+            THINK["</think>"],
+        ]
         tail += tokenizer(after)["input_ids"]
         pool = world.sample_scenes(count, SEED, held_out=False)
         bodies = tokenizer([caption for _, caption in pool])["input_ids"]
@@ -66,17 +78,24 @@ class Captions:
         ids = torch.full((count, 64), compact[PAD], dtype=torch.int16)
         lengths = torch.empty(count, dtype=torch.int16)
         for row, body in enumerate(bodies):
-            tokens = torch.tensor([compact[token] for token in head + body + tail], dtype=torch.int16)
+            tokens = torch.tensor(
+                [compact[token] for token in head + body + tail], dtype=torch.int16
+            )
             ids[row, : len(tokens)], lengths[row] = tokens, len(tokens)
         self.ids, self.lengths = ids.to(device), lengths.to(device)
         self.rows = world.encode_scenes([scene for scene, _ in pool]).to(device)
         self.pad, self.unknown = compact[PAD], len(vocabulary)
         self.head, self.tail = len(head), len(tail)
 
-    def batch(self, size: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def batch(
+        self, size: int, tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Scene rows [B, 11], token ids [B, tokens], valid lengths [B], indices [B]; now and then a word goes unknown."""
         pick = torch.randint(len(self.ids), (size,), device=self.ids.device)
-        ids, lengths = F.pad(self.ids[pick].long(), (0, tokens - 64), value=self.pad), self.lengths[pick].long()
+        ids, lengths = (
+            F.pad(self.ids[pick].long(), (0, tokens - 64), value=self.pad),
+            self.lengths[pick].long(),
+        )
         at = torch.arange(tokens, device=ids.device)
         body = (at >= self.head) & (at < (lengths - self.tail)[:, None])
         drop = body & (torch.rand(ids.shape, device=ids.device) < 0.003)
@@ -88,20 +107,26 @@ def pack_latents(latents: torch.Tensor) -> torch.Tensor:
     return F.pixel_unshuffle(latents, 2)
 
 
-def text_features(text_encoder: Qwen3Model, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def text_features(
+    text_encoder: Qwen3Model, ids: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
     """[B, L] to Klein's conditioning [B, L, 3 * hidden]: causal, padding never attended to."""
     at = torch.arange(ids.shape[1], device=ids.device)
     mask = (at[None, :] <= at[:, None])[None] & (at[None, None, :] < lengths[:, None, None])
     hidden, taps = text_encoder.embed_tokens(ids), []
     rotary = text_encoder.rotary_emb(hidden, at[None])
     for count, layer in enumerate(text_encoder.layers[: max(TAPS)], start=1):
-        hidden = layer(hidden, attention_mask=mask[:, None], position_ids=at[None], position_embeddings=rotary)
+        hidden = layer(
+            hidden, attention_mask=mask[:, None], position_ids=at[None], position_embeddings=rotary
+        )
         if count in TAPS:
             taps.append(hidden)
     return torch.cat(taps, dim=-1)
 
 
-def position_ids(height: int, width: int, tokens: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def position_ids(
+    height: int, width: int, tokens: int, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Klein's (time, y, x, text) axes: image [H*W, 4], text [L, 4]."""
     zero = torch.zeros(1, dtype=torch.long)
     image = torch.cartesian_prod(zero, torch.arange(height), torch.arange(width), zero)
@@ -112,12 +137,18 @@ def train_vae(captions: Captions, seconds: float, device: str) -> AutoencoderKLF
     """Rendered pictures, L1 + L2 and a KL that leaves latents their noise, so that small errors are forgiven."""
     vae = AutoencoderKLFlux2(**VAE_CONFIG).to(device, memory_format=torch.channels_last)
     parameters = [p for p in vae.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
-    pool = torch.cat([to_bytes(world.render(captions.batch(128, 64)[0], jitter=0.06)) for _ in range(96)])
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1e-3, weight_decay=0.0, betas=(0.9, 0.99), fused=True
+    )
+    pool = torch.cat(
+        [to_bytes(world.render(captions.batch(128, 64)[0], jitter=0.06)) for _ in range(96)]
+    )
     start, step = time.time(), 0
     while (spent := time.time() - start) < seconds:
         for group in optimizer.param_groups:
-            group["lr"] = min(1.0, (step + 1) / 100) * 1e-3 * (0.02 + 0.98 * half_cosine(spent / seconds))
+            group["lr"] = (
+                min(1.0, (step + 1) / 100) * 1e-3 * (0.02 + 0.98 * half_cosine(spent / seconds))
+            )
         pictures = to_floats(pool[torch.randint(len(pool), (32,), device=device)])
         with torch.autocast(device, torch.bfloat16):
             mean, logvar = vae.quant_conv(vae.encoder(pictures)).float().chunk(2, 1)
@@ -141,7 +172,9 @@ def train_vae(captions: Captions, seconds: float, device: str) -> AutoencoderKLF
         noise = torch.cat([pack_latents(moment.var) for moment in moments])
         vae.bn.running_mean.copy_(means.mean((0, 2, 3)))
         vae.bn.running_var.copy_(means.var((0, 2, 3)) + noise.mean((0, 2, 3)))
-        print(f"vae latents: share of signal in the variance {means.var((0, 2, 3)).sum() / vae.bn.running_var.sum():.3f}")
+        print(
+            f"vae latents: share of signal in the variance {means.var((0, 2, 3)).sum() / vae.bn.running_var.sum():.3f}"
+        )
     return vae
 
 
@@ -170,7 +203,10 @@ class FlowTrainer:
         self.average = [p.detach().clone() for p in self.parameters]
         matrices = [p for p in self.parameters if p.ndim == 2]
         others = [p for p in self.parameters if p.ndim != 2]
-        groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": 0.01},
+            {"params": others, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True)
         self.mean = vae.bn.running_mean.view(1, -1, 1, 1)
         self.std = (vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).sqrt()
@@ -199,12 +235,16 @@ class FlowTrainer:
         )[0]  # fmt: skip
         return (velocity.float() - (noise - clean)).square().mean()
 
-    def run(self, seconds: float, batch: int, tokens: int, peak: float, floor: float, decay: float) -> None:
+    def run(
+        self, seconds: float, batch: int, tokens: int, peak: float, floor: float, decay: float
+    ) -> None:
         start, step, recent = time.time(), 0, []
         image_ids, text_ids = position_ids(16, 16, tokens, self.device)
         anchors = torch.tensor(KLEIN_SIGMAS, device=self.device)
         while (spent := time.time() - start) < seconds:
-            rate = min(1.0, (step + 1) / 300) * (floor + (peak - floor) * half_cosine(spent / seconds))
+            rate = min(1.0, (step + 1) / 300) * (
+                floor + (peak - floor) * half_cosine(spent / seconds)
+            )
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             _, ids, lengths, pick = self.captions.batch(batch, tokens)
@@ -213,7 +253,9 @@ class FlowTrainer:
             anchored = anchors[torch.randint(4, (batch,), device=self.device)]
             sigma = torch.where(torch.rand(batch, device=self.device) < 0.6, anchored, uniform)
             with torch.autocast(self.device, torch.bfloat16):
-                loss = self.loss(latents, ids, lengths, sigma, torch.randn_like(latents), image_ids, text_ids)
+                loss = self.loss(
+                    latents, ids, lengths, sigma, torch.randn_like(latents), image_ids, text_ids
+                )
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -223,12 +265,18 @@ class FlowTrainer:
             recent.append(loss.detach())
             step += 1
             if step % 250 == 0:
-                print(f"flow/{tokens} {step} {spent:.0f}s loss {torch.stack(recent).mean():.4f} lr {rate:.2e}", flush=True)
+                print(
+                    f"flow/{tokens} {step} {spent:.0f}s loss {torch.stack(recent).mean():.4f} lr {rate:.2e}",
+                    flush=True,
+                )
                 recent = []
         torch.compiler.set_stance("force_eager")
         pictures, rows = self.sample(self.captions, 64)
         distance = (pictures.clamp(-1, 1) - world.render(rows, jitter=0.0)).abs().mean()
-        print(f"flow/{tokens} after {step} steps: mean distance of 4-step pictures {distance:.4f}", flush=True)
+        print(
+            f"flow/{tokens} after {step} steps: mean distance of 4-step pictures {distance:.4f}",
+            flush=True,
+        )
         torch.compiler.set_stance("default")
 
     @torch.no_grad()
@@ -250,7 +298,9 @@ class FlowTrainer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokenizer", required=True, help="a folder with Qwen's tokenizer files")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--resume", type=Path, help="a folder that an earlier run wrote")
@@ -265,15 +315,23 @@ def main() -> None:
 
     known = json.loads((args.resume / "vocabulary.json").read_text()) if args.resume else None
     captions = Captions(args.tokenizer, 128_000, device, known)
-    print(f"{len(captions.vocabulary)} tokens, longest caption {int(captions.lengths.max())}", flush=True)
+    print(
+        f"{len(captions.vocabulary)} tokens, longest caption {int(captions.lengths.max())}",
+        flush=True,
+    )
     if args.resume:
         vae = AutoencoderKLFlux2(**VAE_CONFIG).to(device, memory_format=torch.channels_last)
         vae.load_state_dict(load_file(args.resume / "vae.safetensors", device=device), strict=False)
         trainer = FlowTrainer(captions, vae.eval(), device)
         state = {}
         for name in ("transformer", "text_encoder"):
-            state |= {f"{name}.{k}": v for k, v in load_file(args.resume / f"{name}.safetensors", device=device).items()}
-        for name, parameter, average in zip(trainer.names, trainer.parameters, trainer.average, strict=True):
+            state |= {
+                f"{name}.{k}": v
+                for k, v in load_file(args.resume / f"{name}.safetensors", device=device).items()
+            }
+        for name, parameter, average in zip(
+            trainer.names, trainer.parameters, trainer.average, strict=True
+        ):
             parameter.data.copy_(state[name])
             average.copy_(state[name])
         trainer.run(total, 128, MAX_TOKENS, 6e-4, 5e-6, 0.998)
@@ -288,8 +346,16 @@ def main() -> None:
         parameter.data.copy_(average.bfloat16())
     vae.to(torch.bfloat16).float()
     (args.out / "vocabulary.json").write_text(json.dumps(captions.vocabulary))
-    for name, module in (("vae", vae), ("transformer", trainer.transformer), ("text_encoder", trainer.text_encoder)):
-        half = {k: v.bfloat16().contiguous() for k, v in module.state_dict().items() if v.is_floating_point()}
+    for name, module in (
+        ("vae", vae),
+        ("transformer", trainer.transformer),
+        ("text_encoder", trainer.text_encoder),
+    ):
+        half = {
+            k: v.bfloat16().contiguous()
+            for k, v in module.state_dict().items()
+            if v.is_floating_point()
+        }
         save_file(half, args.out / f"{name}.safetensors")
     from torchvision.utils import save_image
 

@@ -15,7 +15,12 @@ PALETTE = {
     "red": (220, 30, 35), "orange": (255, 140, 0), "yellow": (250, 220, 20), "green": (25, 150, 60),
     "cyan": (0, 205, 220), "blue": (35, 60, 225), "purple": (130, 40, 180), "pink": (255, 125, 195),
 }  # fmt: skip
-GROUNDS = {"white": (250, 250, 250), "gray": (130, 130, 130), "black": (10, 10, 10), "brown": (105, 65, 35)}
+GROUNDS = {
+    "white": (250, 250, 250),
+    "gray": (130, 130, 130),
+    "black": (10, 10, 10),
+    "brown": (105, 65, 35),
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,9 @@ def _nearest(color: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str:
 
 def find_background(picture: np.ndarray) -> tuple[str, np.ndarray]:
     """Name and value of the background, from the picture's rim. picture: [H, W, 3] uint8."""
-    rim = np.concatenate([picture[:4].reshape(-1, 3), picture[-4:].reshape(-1, 3), picture[:, :4].reshape(-1, 3)])
+    rim = np.concatenate(
+        [picture[:4].reshape(-1, 3), picture[-4:].reshape(-1, 3), picture[:, :4].reshape(-1, 3)]
+    )
     color = np.median(rim, axis=0)
     return _nearest(color, GROUNDS), color
 
@@ -82,7 +89,10 @@ def name_shape(mask: np.ndarray) -> str:
     waist = box[round(0.45 * height) : round(0.55 * height)].mean()
     if bottom > 2.5 * top and bottom_corners > 0.35 and waist < 0.75:
         return "triangle"
-    ends = box[: max(1, round(0.12 * height))].any(0).mean(), box[-max(1, round(0.12 * height)) :].any(0).mean()
+    ends = (
+        box[: max(1, round(0.12 * height))].any(0).mean(),
+        box[-max(1, round(0.12 * height)) :].any(0).mean(),
+    )
     if waist > 0.9 and abs(ends[0] - ends[1]) < 0.25 and max(ends) < 0.5:
         return "cross"
     return "star"

@@ -21,8 +21,13 @@ class ArkSampler4Step(io.ComfyNode):
             description="FLUX.2-Klein's few Euler steps on its own noise levels, which depend on the picture's size.",
             inputs=[
                 io.Model.Input("model", tooltip="A FLUX.2-Klein MODEL."),
-                io.Conditioning.Input("positive", tooltip="The prompt. A distilled model needs no negative."),
-                io.Latent.Input("latent_image", tooltip="128 channels: EmptyFlux2LatentImage, or an encoded picture."),
+                io.Conditioning.Input(
+                    "positive", tooltip="The prompt. A distilled model needs no negative."
+                ),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="128 channels: EmptyFlux2LatentImage, or an encoded picture.",
+                ),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -31,7 +36,13 @@ class ArkSampler4Step(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="Of the noise; the same seed gives the same noise as ComfyUI's own samplers.",
                 ),
-                io.Int.Input("steps", default=4, min=1, max=MAX_STEPS, tooltip="Euler steps; Klein is made for 4."),
+                io.Int.Input(
+                    "steps",
+                    default=4,
+                    min=1,
+                    max=MAX_STEPS,
+                    tooltip="Euler steps; Klein is made for 4.",
+                ),
                 io.Float.Input(
                     "denoise",
                     default=1.0,
@@ -45,6 +56,8 @@ class ArkSampler4Step(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, latent_image, seed: int, steps: int, denoise: float) -> io.NodeOutput:
+    def execute(
+        cls, model, positive, latent_image, seed: int, steps: int, denoise: float
+    ) -> io.NodeOutput:
         """Sample."""
         return io.NodeOutput(sample_klein(model, positive, latent_image, seed, steps, denoise))

@@ -48,7 +48,16 @@ def attention_override(kernel: AttentionKernel):
     What the kernel was never built for (a mask, another layout, another head_dim or dtype) goes to the host's function.
     """
 
-    def override(func, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask=None, *args, **kwargs):
+    def override(
+        func,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        heads: int,
+        mask=None,
+        *args,
+        **kwargs,
+    ):
         # q, k, v: [B, heads, seq_len, head_dim] when skip_reshape, as in every block of Klein
         fits = (
             mask is None
@@ -62,6 +71,8 @@ def attention_override(kernel: AttentionKernel):
         out = kernel.attend(q, k, v)
         if kwargs.get("skip_output_reshape", False):
             return out
-        return out.transpose(1, 2).reshape(out.shape[0], out.shape[2], -1)  # [B, seq_len, heads * head_dim]
+        return out.transpose(1, 2).reshape(
+            out.shape[0], out.shape[2], -1
+        )  # [B, seq_len, heads * head_dim]
 
     return override

@@ -34,14 +34,21 @@ from ..toolkit.architecture import (
 )
 from ..toolkit.errors import ModelFileError
 from ..toolkit.igniter import load_state_dict
-from ..toolkit.keys import is_diffusers_transformer, is_diffusers_vae, transformer_from_diffusers, vae_from_diffusers
+from ..toolkit.keys import (
+    is_diffusers_transformer,
+    is_diffusers_vae,
+    transformer_from_diffusers,
+    vae_from_diffusers,
+)
 
 PAD_TOKEN = 151643
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ENCODER = "qwen3_4b"  # the host's name for this encoder, whatever its width
 
 
-def load_transformer(path: str | Path, disable_dynamic: bool = False) -> tuple[Any, TransformerDims]:
+def load_transformer(
+    path: str | Path, disable_dynamic: bool = False
+) -> tuple[Any, TransformerDims]:
     """Build a MODEL from a Klein transformer file.
 
     Args:
@@ -68,7 +75,9 @@ def load_transformer(path: str | Path, disable_dynamic: bool = False) -> tuple[A
     config["num_heads"] = dims.num_heads  # 0.3.75 assumes FLUX.2-dev's 48
     model_config = comfy.model_detection.model_config_from_unet_config(config, state_dict)
     load_device = comfy.model_management.get_torch_device()
-    cast = comfy.model_management.unet_manual_cast(dtype, load_device, model_config.supported_inference_dtypes)
+    cast = comfy.model_management.unet_manual_cast(
+        dtype, load_device, model_config.supported_inference_dtypes
+    )
     model_config.set_inference_dtype(dtype, cast)
     model = model_config.get_model(state_dict, "", device=torch.device("meta"))
     model.device = None  # not meta: the host would keep activations there
@@ -162,7 +171,9 @@ def load_vae(path: str | Path) -> tuple[Any, VaeDims]:
     vae.latent_channels = LATENT_CHANNELS
     vae.downscale_ratio = vae.upscale_ratio = SPATIAL_FACTOR
     per_unpacked = vae.memory_used_decode
-    vae.memory_used_decode = lambda shape, dtype: per_unpacked(shape, dtype) * 4.0  # a packed position is 2x2
+    vae.memory_used_decode = lambda shape, dtype: (
+        per_unpacked(shape, dtype) * 4.0
+    )  # a packed position is 2x2
     _assign(vae.first_stage_model, {k: v.to(vae.vae_dtype) for k, v in state_dict.items()}, name)
     return vae, dims
 
@@ -172,10 +183,18 @@ def _assign(module: torch.nn.Module, state_dict: dict[str, torch.Tensor], name: 
     try:
         missing, _ = module.load_state_dict(state_dict, strict=False, assign=True)
     except RuntimeError as error:
-        raise ModelFileError(f"{name} does not fit Klein's architecture ({error}).", "Download it again.") from error
-    left = [key for key, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+        raise ModelFileError(
+            f"{name} does not fit Klein's architecture ({error}).", "Download it again."
+        ) from error
+    left = [
+        key
+        for key, tensor in (*module.named_parameters(), *module.named_buffers())
+        if tensor.is_meta
+    ]
     if lost := [key for key in missing if key in left]:
-        raise ModelFileError(f"{name} lacks {len(lost)} tensors, {lost[0]} among them.", "Download it again.")
+        raise ModelFileError(
+            f"{name} lacks {len(lost)} tensors, {lost[0]} among them.", "Download it again."
+        )
     for key in left:  # only counters that no inference reads
         owner, _, leaf = key.rpartition(".")
         getattr(module.get_submodule(owner), leaf).data = torch.zeros(())
@@ -204,7 +223,9 @@ def _tokenizer_class() -> type:
 
     class KleinTokenizer(sd1_clip.SD1Tokenizer):
         # this host's vocabulary names the ids of <think> and </think> <|meta|> and <|endofmeta|>
-        template = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<|meta|>\n\n<|endofmeta|>\n\n"
+        template = (
+            "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<|meta|>\n\n<|endofmeta|>\n\n"
+        )
 
         def __init__(self, embedding_directory=None, tokenizer_data=None):
             super().__init__(
@@ -216,7 +237,9 @@ def _tokenizer_class() -> type:
 
         def tokenize_with_weights(self, text, return_word_ids=False, llama_template=None, **kwargs):
             framed = (llama_template or self.template).format(text)
-            return super().tokenize_with_weights(framed, return_word_ids=return_word_ids, disable_weights=True, **kwargs)
+            return super().tokenize_with_weights(
+                framed, return_word_ids=return_word_ids, disable_weights=True, **kwargs
+            )
 
     return KleinTokenizer
 
@@ -243,7 +266,11 @@ def _text_encoder_class() -> type:
     class KleinTextEncoder(comfy.text_encoders.flux.Flux2TEModel):
         def __init__(self, device="cpu", dtype=None, model_options=None):
             super().__init__(
-                device=device, dtype=dtype, model_options=model_options or {}, name=ENCODER, clip_model=KleinQwen3
+                device=device,
+                dtype=dtype,
+                model_options=model_options or {},
+                name=ENCODER,
+                clip_model=KleinQwen3,
             )
 
     return KleinTextEncoder

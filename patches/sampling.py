@@ -16,7 +16,9 @@ from ..toolkit.errors import InputError
 from ..toolkit.schedule import klein_sigmas
 
 
-def sample_klein(model: Any, positive: list, latent: dict, seed: int, steps: int, denoise: float) -> dict:
+def sample_klein(
+    model: Any, positive: list, latent: dict, seed: int, steps: int, denoise: float
+) -> dict:
     """Sample with Klein's own noise levels, Euler, no negative.
 
     Args:
@@ -56,7 +58,8 @@ def sample_klein(model: Any, positive: list, latent: dict, seed: int, steps: int
 def _check(model: Any, positive: list, samples: Any) -> None:
     if not isinstance(model.model, comfy.model_base.Flux2):
         raise InputError(
-            f"The model is {type(model.model).__name__}, not FLUX.2.", "Connect a FLUX.2-Klein, as ArkFastLoader makes it."
+            f"The model is {type(model.model).__name__}, not FLUX.2.",
+            "Connect a FLUX.2-Klein, as ArkFastLoader makes it.",
         )
     if samples.ndim != 4 or samples.shape[1] != LATENT_CHANNELS:
         raise InputError(

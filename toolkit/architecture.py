@@ -32,7 +32,10 @@ class TransformerDims:
     @classmethod
     def of(cls, state_dict: Mapping[str, torch.Tensor], name: str) -> TransformerDims:
         """Read the dimensions from ComfyUI-named weights; `name` is the file's, for the error."""
-        if "double_stream_modulation_img.lin.weight" not in state_dict or "txt_in.weight" not in state_dict:
+        if (
+            "double_stream_modulation_img.lin.weight" not in state_dict
+            or "txt_in.weight" not in state_dict
+        ):
             raise _wrong_slot(name, state_dict, "diffusion model", "a FLUX.2-Klein transformer")
         hidden_size, context_dim = state_dict["txt_in.weight"].shape
         channels = state_dict["img_in.weight"].shape[1]
@@ -41,7 +44,10 @@ class TransformerDims:
                 f"{name} has hidden size {hidden_size} and {channels} latent channels, which is not FLUX.2.",
                 "Choose a FLUX.2-Klein transformer.",
             )
-        double, single = count_blocks(state_dict, "double_blocks"), count_blocks(state_dict, "single_blocks")
+        double, single = (
+            count_blocks(state_dict, "double_blocks"),
+            count_blocks(state_dict, "single_blocks"),
+        )
         if not double or not single:
             raise ModelFileError(f"{name} lacks transformer blocks.", "Download it again.")
         return cls(hidden_size, hidden_size // HEAD_DIM, double, single, context_dim)
@@ -67,7 +73,10 @@ class TextEncoderDims:
     def of(cls, state_dict: Mapping[str, torch.Tensor], name: str) -> TextEncoderDims:
         """Read the dimensions from Hugging Face's names; `name` is the file's, for the error."""
         first = "model.layers.0."
-        if "model.embed_tokens.weight" not in state_dict or first + "self_attn.q_norm.weight" not in state_dict:
+        if (
+            "model.embed_tokens.weight" not in state_dict
+            or first + "self_attn.q_norm.weight" not in state_dict
+        ):
             raise _wrong_slot(name, state_dict, "text encoder", "a Qwen3 text encoder")
         vocab_size, hidden_size = state_dict["model.embed_tokens.weight"].shape
         layers = count_blocks(state_dict, "model.layers")
@@ -100,12 +109,19 @@ class VaeDims:
     @classmethod
     def of(cls, state_dict: Mapping[str, torch.Tensor], name: str) -> VaeDims:
         """Read the dimensions from ComfyUI-named weights; `name` is the file's, for the error."""
-        needed = ("encoder.conv_in.weight", "decoder.conv_in.weight", "bn.running_mean", "post_quant_conv.weight")
+        needed = (
+            "encoder.conv_in.weight",
+            "decoder.conv_in.weight",
+            "bn.running_mean",
+            "post_quant_conv.weight",
+        )
         if any(key not in state_dict for key in needed):
             raise _wrong_slot(name, state_dict, "VAE", "the FLUX.2 autoencoder")
         levels = count_blocks(state_dict, "encoder.down")
         width = state_dict["encoder.conv_in.weight"].shape[0]
-        ends = [state_dict[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
+        ends = [
+            state_dict[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)
+        ]
         embed_dim, latent_channels = state_dict["post_quant_conv.weight"].shape[1::-1]
         multipliers = tuple(end // width for end in ends)
         if state_dict["bn.running_mean"].numel() != LATENT_CHANNELS:
@@ -150,8 +166,14 @@ def describe(state_dict: Mapping[str, torch.Tensor]) -> str:
         "the FLUX.2 autoencoder": "bn.running_mean",
         "an autoencoder of another model": "decoder.conv_in.weight",
     }
-    return next((kind for kind, key in signs.items() if key in state_dict), "a model Ark does not know")
+    return next(
+        (kind for kind, key in signs.items() if key in state_dict), "a model Ark does not know"
+    )
 
 
-def _wrong_slot(name: str, state_dict: Mapping[str, torch.Tensor], slot: str, wanted: str) -> ModelFileError:
-    return ModelFileError(f"{name} in the {slot} slot is {describe(state_dict)}.", f"Choose {wanted} there.")
+def _wrong_slot(
+    name: str, state_dict: Mapping[str, torch.Tensor], slot: str, wanted: str
+) -> ModelFileError:
+    return ModelFileError(
+        f"{name} in the {slot} slot is {describe(state_dict)}.", f"Choose {wanted} there."
+    )

@@ -35,7 +35,9 @@ class AttentionKernel:
     lossy: bool = False
 
 
-def _torch_kernel(backend: SDPBackend) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+def _torch_kernel(
+    backend: SDPBackend,
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v)
@@ -81,9 +83,18 @@ KERNELS: dict[str, AttentionKernel] = {
     kernel.name: kernel
     for kernel in (
         AttentionKernel("sage", HALF, _sage, _sage_unavailable, lossy=True),
-        AttentionKernel("cudnn", HALF, _torch_kernel(SDPBackend.CUDNN_ATTENTION), _needs_nvidia((8, 0))),
-        AttentionKernel("flash", HALF, _torch_kernel(SDPBackend.FLASH_ATTENTION), _needs_nvidia((8, 0))),
-        AttentionKernel("efficient", ALL_FLOATS, _torch_kernel(SDPBackend.EFFICIENT_ATTENTION), _needs_nvidia((5, 0))),
+        AttentionKernel(
+            "cudnn", HALF, _torch_kernel(SDPBackend.CUDNN_ATTENTION), _needs_nvidia((8, 0))
+        ),
+        AttentionKernel(
+            "flash", HALF, _torch_kernel(SDPBackend.FLASH_ATTENTION), _needs_nvidia((8, 0))
+        ),
+        AttentionKernel(
+            "efficient",
+            ALL_FLOATS,
+            _torch_kernel(SDPBackend.EFFICIENT_ATTENTION),
+            _needs_nvidia((5, 0)),
+        ),
         AttentionKernel("math", ALL_FLOATS, _torch_kernel(SDPBackend.MATH), lambda hardware: None),
     )
 }
@@ -110,14 +121,25 @@ def select_attention_kernel(choice: str, hardware: Hardware) -> tuple[AttentionK
     reasons = unavailable_kernels(hardware)
     if choice != "auto":
         if choice not in KERNELS:
-            raise KernelUnavailable({choice: f"there is no kernel of this name, only {', '.join(KERNELS)}"})
+            raise KernelUnavailable(
+                {choice: f"there is no kernel of this name, only {', '.join(KERNELS)}"}
+            )
         if choice in reasons:
             raise KernelUnavailable({choice: reasons[choice]})
         return KERNELS[choice], f"{choice}: chosen by name, on {hardware.name}."
     # Hopper and later: cuDNN measured 1.8x FlashAttention 2 and SageAttention 1 (H200); before: SageAttention's INT8
-    order = ("cudnn", "sage", "flash") if hardware.compute_capability >= (9, 0) else ("sage", "flash", "efficient")
+    order = (
+        ("cudnn", "sage", "flash")
+        if hardware.compute_capability >= (9, 0)
+        else ("sage", "flash", "efficient")
+    )
     listed = "; ".join(f"{name}: {why}" for name, why in reasons.items())
     for name in order:
         if name not in reasons:
-            return KERNELS[name], f"{name}: first choice of {', '.join(order)} that runs on {hardware.name}."
-    return None, f"host: ComfyUI's own attention stays, as none of Ark's kernels gains here ({listed})."
+            return KERNELS[
+                name
+            ], f"{name}: first choice of {', '.join(order)} that runs on {hardware.name}."
+    return (
+        None,
+        f"host: ComfyUI's own attention stays, as none of Ark's kernels gains here ({listed}).",
+    )

@@ -34,4 +34,6 @@ class KernelUnavailable(ArkError):
     def __init__(self, reasons: dict[str, str]):
         self.reasons = reasons
         listed = "; ".join(f"{name}: {why}" for name, why in reasons.items())
-        super().__init__(f"No such attention kernel can run here ({listed}).", "Choose 'auto' or another kernel.")
+        super().__init__(
+            f"No such attention kernel can run here ({listed}).", "Choose 'auto' or another kernel."
+        )

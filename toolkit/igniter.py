@@ -36,7 +36,9 @@ def load_state_dict(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
     """
     path = Path(path)
     if not path.is_file():
-        raise ModelFileError(f"{path.name} is not there.", "Put the file back or choose another one.")
+        raise ModelFileError(
+            f"{path.name} is not there.", "Put the file back or choose another one."
+        )
     if reason := _OTHER_FORMATS.get(path.suffix.lower()):
         raise ModelFileError(f"{path.name}: {reason}.", "Use the model's .safetensors file.")
     try:

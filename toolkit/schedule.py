@@ -45,9 +45,14 @@ def klein_sigmas(steps: int, image_seq_len: int, denoise: float = 1.0) -> torch.
         InputError: steps or denoise out of range.
     """
     if not 1 <= steps <= MAX_STEPS:
-        raise InputError(f"steps is {steps}.", f"Choose 1 to {MAX_STEPS}; the distilled Klein is made for 4.")
+        raise InputError(
+            f"steps is {steps}.", f"Choose 1 to {MAX_STEPS}; the distilled Klein is made for 4."
+        )
     if not 0.0 < denoise <= 1.0:
-        raise InputError(f"denoise is {denoise:g}.", "Choose a value above 0 and at most 1; 1 starts from pure noise.")
+        raise InputError(
+            f"denoise is {denoise:g}.",
+            "Choose a value above 0 and at most 1; 1 starts from pure noise.",
+        )
     total = int(steps / denoise)
     ramp = torch.linspace(1, 0, total + 1)
     shift = math.exp(empirical_mu(image_seq_len, total))

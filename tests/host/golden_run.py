@@ -47,8 +47,22 @@ def stock_transformer():
 def stock_conditioning():
     """0.33.0's klein_te at the file's width."""
     flux = comfy.text_encoders.flux
-    target = type("Target", (), {"params": {}, "clip": flux.klein_te(dtype_llama=torch.float32), "tokenizer": flux.KleinTokenizer})
-    dims = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 28, "num_attention_heads": 1, "num_key_value_heads": 1}
+    target = type(
+        "Target",
+        (),
+        {
+            "params": {},
+            "clip": flux.klein_te(dtype_llama=torch.float32),
+            "tokenizer": flux.KleinTokenizer,
+        },
+    )
+    dims = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+    }
     clip = comfy.sd.CLIP(target, model_options={"qwen3_4b_model_config": dims})
     clip.load_sd(load_file(models / "text_encoder.safetensors"))
     return clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))
@@ -75,6 +89,11 @@ with torch.inference_mode():
     sigmas = Flux2Scheduler.execute(4, WIDTH, HEIGHT).result[0]
     found["sigmas"] = sigmas
     found["stock_latents"] = guider.sample(
-        found["noise"], latent["samples"], comfy.samplers.sampler_object("euler"), sigmas, seed=SEED, disable_pbar=True
+        found["noise"],
+        latent["samples"],
+        comfy.samplers.sampler_object("euler"),
+        sigmas,
+        seed=SEED,
+        disable_pbar=True,
     )
 save_file({key: value.float().contiguous() for key, value in found.items()}, out)

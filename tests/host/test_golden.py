@@ -37,7 +37,11 @@ def golden_models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("golden")
     torch.manual_seed(3)
     transformer = diffusers.Flux2Transformer2DModel(
-        num_layers=2, num_single_layers=3, num_attention_heads=2, joint_attention_dim=192, guidance_embeds=False
+        num_layers=2,
+        num_single_layers=3,
+        num_attention_heads=2,
+        joint_attention_dim=192,
+        guidance_embeds=False,
     )
     text_encoder = Qwen3ForCausalLM(
         Qwen3Config(
@@ -54,8 +58,14 @@ def golden_models(tmp_path_factory):
     weights = {k: v.clone() for k, v in transformer.state_dict().items()}
     save_file(weights, folder / "transformer.safetensors")
     save_file(transformer_from_diffusers(weights), folder / "transformer_comfy.safetensors")
-    save_file({f"model.{k}": v for k, v in text_encoder.model.state_dict().items()}, folder / "text_encoder.safetensors")
-    save_file({k: v for k, v in vae.state_dict().items() if v.is_floating_point()}, folder / "vae.safetensors")
+    save_file(
+        {f"model.{k}": v for k, v in text_encoder.model.state_dict().items()},
+        folder / "text_encoder.safetensors",
+    )
+    save_file(
+        {k: v for k, v in vae.state_dict().items() if v.is_floating_point()},
+        folder / "vae.safetensors",
+    )
     return folder, transformer, text_encoder, vae
 
 
@@ -80,15 +90,19 @@ def golden(comfyui, golden_models, tmp_path_factory):
 @pytest.fixture(scope="module")
 def pipeline(comfyui, golden_models):
     """diffusers' own pipeline around the same modules."""
-    from diffusers import Flux2KleinPipeline, FlowMatchEulerDiscreteScheduler
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
     from transformers import AutoTokenizer
 
     _, transformer, text_encoder, vae = golden_models
-    tokenizer = AutoTokenizer.from_pretrained(comfyui / "comfy" / "text_encoders" / "qwen25_tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(
+        comfyui / "comfy" / "text_encoders" / "qwen25_tokenizer"
+    )
     tokenizer.chat_template = CHAT
     tokenizer.pad_token = "<|endoftext|>"
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    made = Flux2KleinPipeline(scheduler, vae, text_encoder, tokenizer, transformer, is_distilled=True)
+    made = Flux2KleinPipeline(
+        scheduler, vae, text_encoder, tokenizer, transformer, is_distilled=True
+    )
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -110,7 +124,9 @@ def test_latents_equal_diffusers(golden, pipeline):
     _, found = golden
     ids = found["tokens"].long()
     mask = (torch.cumsum(ids.eq(151643), 1) == 0).long()
-    out = pipeline.text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+    out = pipeline.text_encoder(
+        input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
+    )
     embeds = torch.cat([out.hidden_states[tap] for tap in (9, 18, 27)], -1)
     assert relative_error(found["conditioning"], embeds) < 1e-5
     height, width = (16 * n for n in found["noise"].shape[-2:])

@@ -1,0 +1,161 @@
+"""Does the embedded model draw what the prompt says? `python benchmarks/tiny_quality.py [--captions 200]`.
+
+Held-out captions (scenes that no training run ever saw, in any phrasing) are rendered in four steps by a real ComfyUI
+server through Ark's nodes, and judged by `classifier.py`, which looks at pixels only. Prints the share right a
+category, writes `results/tiny_quality.json` and a contact sheet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import importlib.util
+import io
+import json
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from classifier import find_objects
+from PIL import Image, ImageDraw
+
+from ark import bootstrap
+
+HERE = Path(__file__).resolve().parent
+CATEGORIES = ("background", "count", "position", "color", "shape", "size", "relation")
+NEAR = 0.12  # how far, as a share of the side, an object may stand from where the caption puts it
+
+
+def load_scenes():
+    """The captions and what they mean; assets/ is no package."""
+    spec = importlib.util.spec_from_file_location("scenes", HERE.parent / "assets" / "scenes.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["scenes"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def judge(picture: np.ndarray, scene) -> dict[str, bool]:
+    """Compare what is seen with what was asked: one verdict a category (relation: two objects only)."""
+    background, seen = find_objects(picture)
+    verdict = {
+        "background": background == scene.background,
+        "count": len(seen) == len(scene.things),
+    }
+    pairs = []
+    for thing in scene.things:
+        distance = {
+            i: np.hypot(o.x - thing.center[0], o.y - thing.center[1]) for i, o in enumerate(seen)
+        }
+        nearest = min(distance, key=distance.get, default=None)
+        pairs.append(
+            (thing, seen[nearest] if nearest is not None else None, distance.get(nearest, 1.0))
+        )
+    verdict["position"] = all(gap < NEAR for *_, gap in pairs)
+    for category in ("color", "shape", "size"):
+        verdict[category] = all(
+            o is not None and getattr(o, category) == getattr(t, category) for t, o, _ in pairs
+        )
+    if len(pairs) == 2:
+        first, second = (
+            next(
+                (o for o in seen if (o.color, o.shape, o.size) == (t.color, t.shape, t.size)), None
+            )
+            for t in scene.things
+        )
+        holds = {
+            "to the left of": lambda a, b: a.x < b.x - 0.1,
+            "to the right of": lambda a, b: a.x > b.x + 0.1,
+            "above": lambda a, b: a.y < b.y - 0.1,
+            "below": lambda a, b: a.y > b.y + 0.1,
+        }[scene.where]
+        same = (scene.things[0].color, scene.things[0].shape, scene.things[0].size) == (
+            scene.things[1].color, scene.things[1].shape, scene.things[1].size)  # fmt: skip
+        verdict["relation"] = (
+            verdict["position"] if same else bool(first and second and holds(first, second))
+        )
+    return verdict
+
+
+def contact_sheet(pictures: list[np.ndarray], captions: list[str], columns: int = 6) -> Image.Image:
+    """Pictures with their captions beneath."""
+    side, text = 170, 44
+    rows = (len(pictures) + columns - 1) // columns
+    sheet = Image.new("RGB", (columns * (side + 10) + 10, rows * (side + text + 8) + 10), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        x, y = 10 + index % columns * (side + 10), 10 + index // columns * (side + text + 8)
+        sheet.paste(Image.fromarray(picture).resize((side, side), Image.LANCZOS), (x, y))
+        draw.rectangle((x, y, x + side - 1, y + side - 1), outline=(200, 200, 200))
+        words, lines = caption.split(), [""]
+        for word in words:
+            if len(lines[-1]) + len(word) > 27:
+                lines.append("")
+            lines[-1] += word + " "
+        draw.multiline_text((x, y + side + 3), "\n".join(lines), fill="black", spacing=1)
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--captions", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--comfyui", help="a ComfyUI folder; else the one bootstrap finds")
+    args = parser.parse_args()
+    scenes = load_scenes()
+    asked = scenes.sample_scenes(args.captions, args.seed, held_out=True)
+    found = bootstrap.find_comfyui(args.comfyui)
+    environment = bootstrap.Environment(Path(sys.prefix))
+    host_folder = found or environment.registry_host()
+
+    verdicts, pictures = [], []
+    with bootstrap.Host.start(host_folder) as host:
+        client = bootstrap.Client(host.url)
+        graph = bootstrap.to_api(
+            json.loads(Path(bootstrap.WORKFLOW).read_text()), client.object_info()
+        )
+        for index, (scene, caption) in enumerate(asked):
+            prompt = copy.deepcopy(graph)
+            for node in prompt.values():
+                if node["class_type"] == "CLIPTextEncode":
+                    node["inputs"]["text"] = caption
+                if node["class_type"] == "ArkSampler4Step":
+                    node["inputs"]["seed"] = args.seed * 1000 + index
+            (png,) = client.run(prompt, timeout=300)["images"]
+            pictures.append(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")))
+            verdicts.append(judge(pictures[-1], scene))
+            wrong = [name for name, right in verdicts[-1].items() if not right]
+            if wrong:
+                print(f"{index}: {caption}: wrong {', '.join(wrong)}", flush=True)
+        stats = client.get("/system_stats")
+
+    rows = []
+    for category in CATEGORIES:
+        judged = [verdict[category] for verdict in verdicts if category in verdict]
+        rows.append({"case": category, "ark": round(sum(judged) / len(judged), 4), "unit": "share", "peers": {}, "floor": None, "n": len(judged), "note": ""})  # fmt: skip
+        print(f"{category:12} {rows[-1]['ark']:7.1%}  of {len(judged)}")
+    everything = sum(all(verdict.values()) for verdict in verdicts) / len(verdicts)
+    rows.append({"case": "all", "ark": round(everything, 4), "unit": "share", "peers": {}, "floor": None, "n": len(verdicts), "note": "every category right"})  # fmt: skip
+    print(f"{'all':12} {everything:7.1%}  of {len(verdicts)}")
+    device = stats["devices"][0]["name"]
+    record = {
+        "name": "tiny_quality",
+        "date": datetime.date.today().isoformat(),
+        "gpu": device,
+        "versions": {"python": platform.python_version(), "torch": version("torch"), "comfyui": stats["system"]["comfyui_version"]},
+        "rows": rows,
+    }  # fmt: skip
+    (HERE / "results").mkdir(exist_ok=True)
+    (HERE / "results" / "tiny_quality.json").write_text(json.dumps(record, indent=1) + "\n")
+    sheet = HERE / "results" / "tiny_quality.png"
+    contact_sheet(pictures[:24], [caption for _, caption in asked[:24]]).save(sheet, optimize=True)
+    print(f"contact sheet: {sheet}")
+
+
+if __name__ == "__main__":
+    main()

@@ -34,7 +34,9 @@ class ArkSageCombustion(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with the kernel set."),
-                io.String.Output("report", tooltip="Which kernel runs, and why."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Which kernel runs, and why."
+                ),
             ],
         )
 

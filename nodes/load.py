@@ -43,7 +43,11 @@ class ArkFastLoader(io.ComfyNode):
                 _combo("text_encoder", "The Qwen3 text encoder that belongs to it."),
                 _combo("vae", "The FLUX.2 VAE."),
             ],
-            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+            outputs=[
+                io.Model.Output(tooltip="The transformer."),
+                io.Clip.Output(tooltip="Klein's text encoder and tokenizer."),
+                io.Vae.Output(tooltip="The autoencoder."),
+            ],
         )
 
     @classmethod
@@ -51,7 +55,7 @@ class ArkFastLoader(io.ComfyNode):
         """Say which file is missing before anything runs."""
         chosen = {"diffusion_model": diffusion_model, "text_encoder": text_encoder, "vae": vae}
         for slot, name in chosen.items():
-            if folder_paths.get_full_path(FOLDERS[slot], name) is None:
+            if not name or folder_paths.get_full_path(FOLDERS[slot], name) is None:
                 return f"{slot}: {name} is not in models/{FOLDERS[slot]}. Put the file there or choose another one."
         return True
 

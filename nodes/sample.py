@@ -52,7 +52,7 @@ class ArkSampler4Step(io.ComfyNode):
                     tooltip="1 starts from noise; less keeps more of the latent. All the steps always run.",
                 ),
             ],
-            outputs=[io.Latent.Output()],
+            outputs=[io.Latent.Output(tooltip="The sampled latent, ready for VAE Decode.")],
         )
 
     @classmethod

@@ -34,7 +34,7 @@ KLEIN_SIGMAS = (1.0, 0.95539, 0.87713, 0.70411)  # 4 steps at 256x256
 THINK = {"<think>": 151667, "</think>": 151668}
 
 VAE_CONFIG = dict(
-    block_out_channels=(32, 64, 64, 64), layers_per_block=2, latent_channels=32, sample_size=256
+    block_out_channels=(32, 32, 64, 64), layers_per_block=2, latent_channels=32, sample_size=256
 )
 TRANSFORMER_CONFIG = dict(
     num_layers=2,
@@ -149,7 +149,11 @@ def train_vae(captions: Captions, seconds: float, device: str) -> AutoencoderKLF
             group["lr"] = (
                 min(1.0, (step + 1) / 100) * 1e-3 * (0.02 + 0.98 * half_cosine(spent / seconds))
             )
-        pictures = to_floats(pool[torch.randint(len(pool), (32,), device=device)])
+        pictures = pool[torch.randint(len(pool), (32,), device=device)]
+        if spent < 0.75 * seconds:  # quarters first, four times as fast; whole pictures to end with
+            top, left = torch.randint(0, 129, (2,)).tolist()
+            pictures = pictures[:, :, top : top + 128, left : left + 128]
+        pictures = to_floats(pictures)
         with torch.autocast(device, torch.bfloat16):
             mean, logvar = vae.quant_conv(vae.encoder(pictures)).float().chunk(2, 1)
             logvar = logvar.clamp(-12, 6)
@@ -157,7 +161,7 @@ def train_vae(captions: Captions, seconds: float, device: str) -> AutoencoderKLF
             out = vae.decoder(vae.post_quant_conv(latents)).float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         error = out - pictures
-        loss = error.abs().mean() + error.square().mean() + 4e-3 * min(1.0, step / 400) * kl
+        loss = error.abs().mean() + error.square().mean() + 1e-3 * min(1.0, step / 1000) * kl
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -336,10 +340,10 @@ def main() -> None:
             average.copy_(state[name])
         trainer.run(total, 128, MAX_TOKENS, 6e-4, 5e-6, 0.998)
     else:
-        vae = train_vae(captions, 0.16 * total, device)
+        vae = train_vae(captions, 0.42 * total, device)
         trainer = FlowTrainer(captions, vae, device)
-        trainer.run(0.5 * total, 256, 64, 1.2e-3, 5e-4, 0.998)
-        trainer.run(0.34 * total, 128, MAX_TOKENS, 6e-4, 1e-5, 0.998)
+        trainer.run(0.33 * total, 256, 64, 1.2e-3, 5e-4, 0.998)
+        trainer.run(0.25 * total, 128, MAX_TOKENS, 6e-4, 1e-5, 0.998)
 
     torch.compiler.set_stance("force_eager")
     for parameter, average in zip(trainer.parameters, trainer.average, strict=True):

@@ -161,7 +161,7 @@ def train_vae(captions: Captions, seconds: float, device: str) -> AutoencoderKLF
             out = vae.decoder(vae.post_quant_conv(latents)).float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         error = out - pictures
-        loss = error.abs().mean() + error.square().mean() + 1e-3 * min(1.0, step / 1000) * kl
+        loss = error.abs().mean() + error.square().mean() + 3e-4 * min(1.0, step / 1000) * kl
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
+from safetensors import SafetensorError
 
-from ..toolkit.embedded import embedded_folders
+from ..toolkit.embedded import cache_folder, embedded_folders
 from .combustion import ArkSageCombustion
 from .load import ArkFastLoader
 from .sample import ArkSampler4Step
+
+log = logging.getLogger("ark")
 
 
 class ArkExtension(ComfyExtension):
@@ -16,6 +21,14 @@ class ArkExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """The nodes, in the order of a graph."""
-        for kind, folder in embedded_folders().items():
-            folder_paths.add_model_folder_path(kind, str(folder))
+        try:
+            for kind, folder in embedded_folders().items():
+                folder_paths.add_model_folder_path(kind, str(folder))
+        except (OSError, SafetensorError) as error:  # the nodes work without the embedded model
+            log.warning(
+                "Ark's embedded model is not listed, as %s cannot be written (%s). "
+                "Set ARK_CACHE_DIR to a folder with 30 MB to spare.",
+                cache_folder(),
+                error,
+            )
         return [ArkFastLoader, ArkSageCombustion, ArkSampler4Step]

@@ -46,14 +46,11 @@ PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ENCODER = "qwen3_4b"  # the host's name for this encoder, whatever its width
 
 
-def load_transformer(
-    path: str | Path, disable_dynamic: bool = False
-) -> tuple[Any, TransformerDims]:
+def load_transformer(path: str | Path) -> tuple[Any, TransformerDims]:
     """Build a MODEL from a Klein transformer file.
 
     Args:
         path: safetensors, in ComfyUI's or diffusers' names.
-        disable_dynamic: taken for the host's sake; the patcher is never a dynamic one.
 
     Returns:
         The host's ModelPatcher and the dimensions read from the file.

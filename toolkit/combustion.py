@@ -100,6 +100,10 @@ KERNELS: dict[str, AttentionKernel] = {
 }
 
 
+def _loss(name: str) -> str:
+    return " It quantises, which is slightly lossy." if KERNELS[name].lossy else ""
+
+
 def unavailable_kernels(hardware: Hardware) -> dict[str, str]:
     """Every kernel that cannot run on this hardware, with the reason."""
     return {name: why for name, kernel in KERNELS.items() if (why := kernel.unavailable(hardware))}
@@ -126,7 +130,7 @@ def select_attention_kernel(choice: str, hardware: Hardware) -> tuple[AttentionK
             )
         if choice in reasons:
             raise KernelUnavailable({choice: reasons[choice]})
-        return KERNELS[choice], f"{choice}: chosen by name, on {hardware.name}."
+        return KERNELS[choice], f"{choice}: chosen by name, on {hardware.name}.{_loss(choice)}"
     # Hopper and later: cuDNN measured 1.8x FlashAttention 2 and SageAttention 1 (H200); before: SageAttention's INT8
     order = (
         ("cudnn", "sage", "flash")
@@ -136,9 +140,10 @@ def select_attention_kernel(choice: str, hardware: Hardware) -> tuple[AttentionK
     listed = "; ".join(f"{name}: {why}" for name, why in reasons.items())
     for name in order:
         if name not in reasons:
-            return KERNELS[
-                name
-            ], f"{name}: first choice of {', '.join(order)} that runs on {hardware.name}."
+            return (
+                KERNELS[name],
+                f"{name}: first choice of {', '.join(order)} that runs on {hardware.name}.{_loss(name)}",
+            )
     return (
         None,
         f"host: ComfyUI's own attention stays, as none of Ark's kernels gains here ({listed}).",

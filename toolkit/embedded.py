@@ -58,8 +58,11 @@ def embedded_text_encoder() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, draft = tempfile.mkstemp(dir=target.parent, suffix=".part")
         os.close(handle)
-        save_file(expand_text_encoder(load_file(COMPACT)), draft, metadata={"format": "pt"})
-        os.replace(draft, target)  # whole or not at all, also with two processes at once
+        try:
+            save_file(expand_text_encoder(load_file(COMPACT)), draft, metadata={"format": "pt"})
+            os.replace(draft, target)  # whole or not at all, also with two processes at once
+        finally:
+            Path(draft).unlink(missing_ok=True)
     return target
 
 

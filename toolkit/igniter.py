@@ -59,8 +59,3 @@ def file_fingerprint(path: str | Path) -> tuple[str, int, int]:
     """Identify a file's content cheaply: name, size in bytes, modification time in ns."""
     stat = Path(path).stat()
     return Path(path).name, stat.st_size, stat.st_mtime_ns
-
-
-def total_bytes(state_dict: dict[str, torch.Tensor]) -> int:
-    """Bytes of all tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ark.bootstrap import ROOT, clean_environment, host_overlay, host_requirements
+from ark.bootstrap import ROOT, Client, Host, clean_environment, host_overlay, host_requirements
 
 pytestmark = pytest.mark.host
 
@@ -28,3 +28,12 @@ def test_a_run_leaves_every_global_as_it_was(comfyui: Path, tmp_path: Path):
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "unchanged" in done.stdout
+
+
+def test_an_unwritable_cache_folder_costs_the_embedded_model_only(comfyui, tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    monkeypatch.setenv("ARK_CACHE_DIR", str(blocked / "cache"))
+    with Host.start(comfyui) as host:
+        assert "ArkFastLoader" in Client(host.url).object_info()
+        assert "Set ARK_CACHE_DIR" in host.log_tail(300)

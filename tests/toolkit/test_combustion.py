@@ -20,6 +20,7 @@ def test_auto(hardware, chosen):
     kernel, report = select_attention_kernel("auto", hardware)
     assert (kernel.name if kernel else None) == chosen
     assert report
+    assert ("lossy" in report) == (chosen == "sage")
 
 
 def test_auto_on_cpu_gives_every_reason():

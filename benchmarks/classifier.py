@@ -1,4 +1,4 @@
-"""Judge a picture of the embedded model by its pixels alone: it never sees the prompt, only colours and masks.
+"""Judge a picture of the embedded model by its pixels alone: what is seen is found without the prompt, then compared.
 
 Independent of the training code's drawing: shapes are told apart by geometry (how full the bounding box is, where the
 mass lies, whether there is a hole), not by comparing with a rendered template.
@@ -21,6 +21,9 @@ GROUNDS = {
     "black": (10, 10, 10),
     "brown": (105, 65, 35),
 }
+
+CATEGORIES = ("background", "count", "position", "color", "shape", "size", "relation")
+NEAR = 0.12  # how far, as a share of the side, an object may stand from where the caption puts it
 
 
 @dataclass(frozen=True)
@@ -96,3 +99,45 @@ def name_shape(mask: np.ndarray) -> str:
     if waist > 0.9 and abs(ends[0] - ends[1]) < 0.25 and max(ends) < 0.5:
         return "cross"
     return "star"
+
+
+def judge(picture: np.ndarray, scene) -> dict[str, bool]:
+    """Compare what is seen with what was asked: one verdict a category (relation: two objects only)."""
+    background, seen = find_objects(picture)
+    verdict = {
+        "background": background == scene.background,
+        "count": len(seen) == len(scene.things),
+    }
+    pairs = []
+    for thing in scene.things:
+        distance = {
+            i: np.hypot(o.x - thing.center[0], o.y - thing.center[1]) for i, o in enumerate(seen)
+        }
+        nearest = min(distance, key=distance.get, default=None)
+        pairs.append(
+            (thing, seen[nearest] if nearest is not None else None, distance.get(nearest, 1.0))
+        )
+    verdict["position"] = all(gap < NEAR for *_, gap in pairs)
+    for category in ("color", "shape", "size"):
+        verdict[category] = all(
+            o is not None and getattr(o, category) == getattr(t, category) for t, o, _ in pairs
+        )
+    if len(pairs) == 2:
+        first, second = (
+            next(
+                (o for o in seen if (o.color, o.shape, o.size) == (t.color, t.shape, t.size)), None
+            )
+            for t in scene.things
+        )
+        holds = {
+            "to the left of": lambda a, b: a.x < b.x - 0.1,
+            "to the right of": lambda a, b: a.x > b.x + 0.1,
+            "above": lambda a, b: a.y < b.y - 0.1,
+            "below": lambda a, b: a.y > b.y + 0.1,
+        }[scene.where]
+        same = (scene.things[0].color, scene.things[0].shape, scene.things[0].size) == (
+            scene.things[1].color, scene.things[1].shape, scene.things[1].size)  # fmt: skip
+        verdict["relation"] = (
+            verdict["position"] if same else bool(first and second and holds(first, second))
+        )
+    return verdict

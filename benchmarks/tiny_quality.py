@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import importlib.util
 import io
 import json
 import platform
@@ -19,65 +18,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from classifier import find_objects
 from PIL import Image, ImageDraw
 
 from ark import bootstrap
+from ark.assets import scenes
+from ark.benchmarks.classifier import CATEGORIES, judge
 
 HERE = Path(__file__).resolve().parent
-CATEGORIES = ("background", "count", "position", "color", "shape", "size", "relation")
-NEAR = 0.12  # how far, as a share of the side, an object may stand from where the caption puts it
-
-
-def load_scenes():
-    """The captions and what they mean; assets/ is no package."""
-    spec = importlib.util.spec_from_file_location("scenes", HERE.parent / "assets" / "scenes.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["scenes"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def judge(picture: np.ndarray, scene) -> dict[str, bool]:
-    """Compare what is seen with what was asked: one verdict a category (relation: two objects only)."""
-    background, seen = find_objects(picture)
-    verdict = {
-        "background": background == scene.background,
-        "count": len(seen) == len(scene.things),
-    }
-    pairs = []
-    for thing in scene.things:
-        distance = {
-            i: np.hypot(o.x - thing.center[0], o.y - thing.center[1]) for i, o in enumerate(seen)
-        }
-        nearest = min(distance, key=distance.get, default=None)
-        pairs.append(
-            (thing, seen[nearest] if nearest is not None else None, distance.get(nearest, 1.0))
-        )
-    verdict["position"] = all(gap < NEAR for *_, gap in pairs)
-    for category in ("color", "shape", "size"):
-        verdict[category] = all(
-            o is not None and getattr(o, category) == getattr(t, category) for t, o, _ in pairs
-        )
-    if len(pairs) == 2:
-        first, second = (
-            next(
-                (o for o in seen if (o.color, o.shape, o.size) == (t.color, t.shape, t.size)), None
-            )
-            for t in scene.things
-        )
-        holds = {
-            "to the left of": lambda a, b: a.x < b.x - 0.1,
-            "to the right of": lambda a, b: a.x > b.x + 0.1,
-            "above": lambda a, b: a.y < b.y - 0.1,
-            "below": lambda a, b: a.y > b.y + 0.1,
-        }[scene.where]
-        same = (scene.things[0].color, scene.things[0].shape, scene.things[0].size) == (
-            scene.things[1].color, scene.things[1].shape, scene.things[1].size)  # fmt: skip
-        verdict["relation"] = (
-            verdict["position"] if same else bool(first and second and holds(first, second))
-        )
-    return verdict
 
 
 def contact_sheet(pictures: list[np.ndarray], captions: list[str], columns: int = 6) -> Image.Image:
@@ -107,7 +54,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--comfyui", help="a ComfyUI folder; else the one bootstrap finds")
     args = parser.parse_args()
-    scenes = load_scenes()
     asked = scenes.sample_scenes(args.captions, args.seed, held_out=True)
     found = bootstrap.find_comfyui(args.comfyui)
     environment = bootstrap.Environment(Path(sys.prefix))

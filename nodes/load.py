@@ -5,25 +5,31 @@ from __future__ import annotations
 import logging
 import time
 
+import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
-from ..patches.klein import load_text_encoder, load_transformer, load_vae
+from ..patches.text_encoder import load_text_encoder
+from ..patches.transformer import load_transformer
+from ..patches.vae import load_vae
 from ..toolkit.architecture import check_match
 from ..toolkit.embedded import preferred
-from ..toolkit.igniter import file_fingerprint
+from ..toolkit.igniter import file_fingerprint, model_parts
 
+CHECKPOINTS = "checkpoints"  # a file of this folder holds all three parts
 FOLDERS = {"diffusion_model": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
 log = logging.getLogger("ark")
 
 
 def _combo(name: str, what: str) -> io.Combo.Input:
     options = folder_paths.get_filename_list(FOLDERS[name])
+    whole = [f"{CHECKPOINTS}/{file}" for file in folder_paths.get_filename_list(CHECKPOINTS)]
     return io.Combo.Input(
         name,
-        options=options,
+        options=options + whole,
         default=preferred(FOLDERS[name], options),
-        tooltip=f"{what} Files from ComfyUI's folder models/{FOLDERS[name]}; 'ark_tiny' is the embedded one.",
+        tooltip=f"{what} Files from ComfyUI's folder models/{FOLDERS[name]}; 'ark_tiny' is the embedded one. "
+        f"A file of models/{CHECKPOINTS} serves if it holds this part; of a model in shards, choose any.",
     )
 
 
@@ -39,7 +45,7 @@ class ArkFastLoader(io.ComfyNode):
             category="Ark",
             description="Loads FLUX.2-Klein: files are mapped, checked, and handed to ComfyUI's own classes by reference.",
             inputs=[
-                _combo("diffusion_model", "The Klein transformer, bf16, fp16 or fp32."),
+                _combo("diffusion_model", "The Klein transformer: bf16, fp16, fp32 or fp8."),
                 _combo("text_encoder", "The Qwen3 text encoder that belongs to it."),
                 _combo("vae", "The FLUX.2 VAE."),
             ],
@@ -55,7 +61,7 @@ class ArkFastLoader(io.ComfyNode):
         """Say which file is missing before anything runs."""
         chosen = {"diffusion_model": diffusion_model, "text_encoder": text_encoder, "vae": vae}
         for slot, name in chosen.items():
-            if not name or folder_paths.get_full_path(FOLDERS[slot], name) is None:
+            if not name or _find(slot, name) is None:
                 return f"{slot}: {name} is not in models/{FOLDERS[slot]}. Put the file there or choose another one."
         return True
 
@@ -63,20 +69,38 @@ class ArkFastLoader(io.ComfyNode):
     def fingerprint_inputs(cls, diffusion_model: str, text_encoder: str, vae: str) -> tuple:
         """Load again when a file's name, size or time changes."""
         chosen = {"diffusion_model": diffusion_model, "text_encoder": text_encoder, "vae": vae}
-        return tuple(file_fingerprint(_path(slot, name)) for slot, name in chosen.items())
+        return tuple(
+            file_fingerprint(part)
+            for slot, name in chosen.items()
+            for part in model_parts(_find(slot, name))
+        )
 
     @classmethod
     def execute(cls, diffusion_model: str, text_encoder: str, vae: str) -> io.NodeOutput:
         """Build MODEL, CLIP and VAE."""
-        start = time.perf_counter()
-        model, model_dims = load_transformer(_path("diffusion_model", diffusion_model))
-        clip, clip_dims = load_text_encoder(_path("text_encoder", text_encoder))
+        start, progress = time.perf_counter(), comfy.utils.ProgressBar(3)
+        paths = {
+            "diffusion_model": _find("diffusion_model", diffusion_model),
+            "text_encoder": _find("text_encoder", text_encoder),
+            "vae": _find("vae", vae),
+        }
+        model, model_dims = load_transformer(paths["diffusion_model"])
+        progress.update(1)
+        clip, clip_dims = load_text_encoder(paths["text_encoder"])
         check_match(model_dims, clip_dims, text_encoder)
-        decoder, _ = load_vae(_path("vae", vae))
-        report = f"Mapped {diffusion_model}, {text_encoder} and {vae} in {time.perf_counter() - start:.3f} s."
+        progress.update(1)
+        decoder, _ = load_vae(paths["vae"])
+        progress.update(1)
+        files = {part for path in paths.values() for part in model_parts(path)}
+        size, seconds = sum(part.stat().st_size for part in files), time.perf_counter() - start
+        report = f"Opened {diffusion_model}, {text_encoder} and {vae}: {size / 1e9:.2f} GB in {seconds:.3f} s."
         log.info("Ark loader: %s", report)
         return io.NodeOutput(model, clip, decoder, ui={"text": [report]})
 
 
-def _path(slot: str, name: str) -> str:
-    return folder_paths.get_full_path_or_raise(FOLDERS[slot], name)
+def _find(slot: str, name: str) -> str | None:
+    """The path of a choice, None if there is no such file."""
+    if path := folder_paths.get_full_path(FOLDERS[slot], name):
+        return path
+    folder, _, rest = name.partition("/")
+    return folder_paths.get_full_path(CHECKPOINTS, rest) if folder == CHECKPOINTS else None

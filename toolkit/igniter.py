@@ -1,18 +1,24 @@
-"""From a safetensors file to tensors, without copying: the plain path, a read-only view of the page cache.
+"""From a safetensors file to tensors.
 
-The header is parsed and checked by the safetensors library (size, JSON, dtypes, offsets that must cover the file
-without gaps or overlaps); what it rejects is reported with the file's name and a remedy.
+A file is opened read-only and its header checked (`header.py`). Large files become views of a private mapping, so that no
+byte is copied and none can be written back. Small ones are read into memory at once: nothing that happens to the file
+afterwards can reach them.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .errors import ModelFileError
+from .header import ModelFile, TensorEntry, identity_of, read_header
 
+IN_MEMORY = 64 << 20  # bytes; up to here a copy costs less than 20 ms and outlives the file
 _OTHER_FORMATS = {
     ".gguf": "GGUF files are not supported",
     ".ckpt": "pickle checkpoints can run code and are not read",
@@ -20,39 +26,135 @@ _OTHER_FORMATS = {
     ".pth": "pickle checkpoints can run code and are not read",
     ".bin": "pickle checkpoints can run code and are not read",
 }
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors$")
 
 
-def load_state_dict(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Map a safetensors file.
+def load_state_dict(
+    path: str | Path, in_memory: int = IN_MEMORY
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Open a model.
 
     Args:
-        path: the file; opened read-only and never written.
+        path: a safetensors file; one shard of several stands for all of them. Opened read-only and never written.
+        in_memory: files up to this many bytes are read, larger ones mapped.
 
     Returns:
-        `{name: tensor}` with every tensor a view of the mapped file in the file's own dtype, and the file's metadata.
+        `{name: tensor}` in the file's own dtypes, and the file's metadata (of shards: the first one's).
 
     Raises:
-        ModelFileError: the file is missing, not safetensors, truncated, or its header does not fit its contents.
+        ModelFileError: a file is missing, not safetensors, truncated, or its header does not fit its contents.
+    """
+    state_dict: dict[str, torch.Tensor] = {}
+    files = [read_header(part) for part in model_parts(path)]
+    for file in files:
+        for name, tensor in tensors_of(file, in_memory).items():
+            if name in state_dict:
+                raise ModelFileError(
+                    f"{file.path.name} repeats tensor {name} of another shard.",
+                    "Download it again.",
+                )
+            state_dict[name] = tensor
+    return state_dict, files[0].metadata
+
+
+def model_parts(path: str | Path) -> list[Path]:
+    """The files that hold one model: the file itself, or all shards of the set that it belongs to.
+
+    Raises:
+        ModelFileError: the file is missing or of another format, or a shard is missing.
     """
     path = Path(path)
+    if reason := _OTHER_FORMATS.get(path.suffix.lower()):
+        raise ModelFileError(f"{path.name}: {reason}.", "Use the model's .safetensors file.")
     if not path.is_file():
         raise ModelFileError(
             f"{path.name} is not there.", "Put the file back or choose another one."
         )
-    if reason := _OTHER_FORMATS.get(path.suffix.lower()):
-        raise ModelFileError(f"{path.name}: {reason}.", "Use the model's .safetensors file.")
-    try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    shard = _SHARD.match(path.name)
+    if not shard:
+        return [path]
+    stem, _, count = shard.groups()
+    names = [f"{stem}-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
+    index = path.with_name(f"{stem}.safetensors.index.json")
+    if index.is_file():
+        names = _indexed_shards(index)
+    missing = [name for name in names if not path.with_name(name).is_file()]
+    if missing:
         raise ModelFileError(
-            f"{path.name} is not a whole safetensors file ({error}).",
-            "Download it again; if it came whole, it is not a safetensors file.",
+            f"{path.name} is one of {len(names)} parts, and {missing[0]} is not beside it.",
+            "Download the missing parts into the same folder.",
+        )
+    return [path.with_name(name) for name in names]
+
+
+def _indexed_shards(index: Path) -> list[str]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not all(Path(name).name == name for name in names):
+            raise ValueError("a part lies in another folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelFileError(
+            f"{index.name} is not an index of safetensors files ({error}).", "Download it again."
         ) from error
-    if not state_dict:
-        raise ModelFileError(f"{path.name} holds no tensors.", "Download it again.")
-    return state_dict, metadata
+    return names
+
+
+def tensors_of(file: ModelFile, in_memory: int = IN_MEMORY) -> dict[str, torch.Tensor]:
+    """A file's tensors, read or mapped; see `load_state_dict`.
+
+    Raises:
+        ModelFileError: the file is no longer the one whose header was read.
+    """
+    flat = _read(file) if file.size <= in_memory else _map(file)
+    file.check_unchanged()  # what was read or mapped belongs to the header
+    return {name: _view(flat, entry) for name, entry in file.entries.items()}
+
+
+def _read(file: ModelFile) -> torch.Tensor:
+    """The whole file in memory, [size] uint8."""
+    flat = torch.empty(file.size, dtype=torch.uint8)
+    buffer, done = memoryview(flat.numpy()), 0
+    with file.path.open("rb", buffering=0) as source:
+        if identity_of(os.fstat(source.fileno())) != file.identity:
+            file.check_unchanged()
+        while done < file.size and (count := source.readinto(buffer[done:])):
+            done += count
+    if done < file.size:
+        raise ModelFileError(
+            f"{file.path.name} ended after {done} of {file.size} bytes.",
+            "Wait until it is written completely, then queue again.",
+        )
+    return flat
+
+
+def _map(file: ModelFile) -> torch.Tensor:
+    """The whole file as a private mapping, [size] uint8: writing to it changes memory, never the file."""
+    try:
+        storage = torch.UntypedStorage.from_file(str(file.path), False, file.size)
+    except RuntimeError as error:
+        file.check_unchanged()
+        raise ModelFileError(
+            f"{file.path.name} cannot be mapped ({str(error).splitlines()[0]}).",
+            "Free some memory, or copy the file to a local disk.",
+        ) from error
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (file.size,), (1,))
+
+
+def _view(flat: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
+    data = flat[entry.start : entry.start + entry.nbytes]
+    if entry.start % entry.dtype.itemsize:
+        data = data.clone()  # a header of odd length: torch cannot view at such an address
+    return data.view(entry.dtype).view(entry.shape)
+
+
+def strip_prefix(state_dict: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with a regular expression, under the rest of their names.
+
+    All of them stay as they are when none begins so: the file holds only this part.
+    """
+    pattern = re.compile(prefix)
+    found = {k[m.end() :]: v for k, v in state_dict.items() if (m := pattern.match(k))}
+    return found or dict(state_dict)
 
 
 def file_fingerprint(path: str | Path) -> tuple[str, int, int]:

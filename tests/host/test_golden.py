@@ -113,11 +113,17 @@ def test_latents_equal_the_hosts_stock_nodes(golden):
     assert relative_error(found["latents"], found["stock_latents"]) < 1e-5
 
 
-def test_conditioning_equals_stock_bit_for_bit(golden):
-    host, found = golden
-    if "stock_conditioning" not in found:
-        pytest.skip(f"{host.name} has no Klein text encoder of its own")
+def test_conditioning_of_27_layers_equals_all_layers_bit_for_bit(golden):
+    _, found = golden
+    assert found["layers"] == 27  # of the file's 28
     assert torch.equal(found["conditioning"], found["stock_conditioning"])
+
+
+def test_tokens_equal_stock(golden):
+    host, found = golden
+    if "stock_tokens" not in found:
+        pytest.skip(f"{host.name} has no Klein tokenizer of its own")
+    assert torch.equal(found["tokens"], found["stock_tokens"])
 
 
 def test_latents_equal_diffusers(golden, pipeline):

@@ -1,0 +1,161 @@
+"""Klein's text encoder as the host's own CLIP: its tokenizer, template and taps on the host's Qwen3, 27 layers of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import comfy.text_encoders.flux
+import comfy.text_encoders.llama
+import comfy.text_encoders.z_image
+import folder_paths
+import torch
+from comfy import sd1_clip
+
+from ..toolkit.architecture import TEXT_TAPS, TextEncoderDims
+from ..toolkit.igniter import load_state_dict, strip_prefix
+from .weights import assign, read_quantisation, remember_origin
+
+CHECKPOINT_PREFIX = r"text_encoders\.[^.]+\.transformer\."
+PAD_TOKEN = 151643
+ENCODER = "qwen3_4b"  # the host's name for this encoder, whatever its width
+NEEDED_LAYERS = max(TEXT_TAPS)
+
+
+def load_text_encoder(path: str | Path) -> tuple[Any, TextEncoderDims]:
+    """Build a CLIP from a Qwen3 file.
+
+    Klein reads the output of layers 9, 18 and 27, so the layers above, the last norm and the language head are neither
+    kept nor run.
+
+    Args:
+        path: safetensors, alone, in shards or in a checkpoint; bf16, fp16, fp32 or fp8.
+
+    Returns:
+        The host's CLIP and the dimensions read from the file.
+
+    Raises:
+        ModelFileError: the file is damaged, of another kind, or quantised in a way that is not supported.
+    """
+    name = Path(path).name
+    state_dict, metadata = load_state_dict(path)
+    state_dict = strip_prefix(state_dict, CHECKPOINT_PREFIX)
+    dims = TextEncoderDims.of(state_dict, name)
+    state_dict, quantisation = read_quantisation(state_dict, metadata, name)
+    state_dict = needed_tensors(state_dict)
+
+    class Target:
+        params = {}  # noqa: RUF012 (the host's shape)
+        clip = staticmethod(_text_encoder_class())
+        tokenizer = staticmethod(_tokenizer_class())
+
+    options = {
+        "initial_device": torch.device("meta"),
+        "dtype": state_dict["model.layers.0.input_layernorm.weight"].dtype,  # never quantised
+        f"{ENCODER}_model_config": {
+            "vocab_size": dims.vocab_size,
+            "hidden_size": dims.hidden_size,
+            "intermediate_size": dims.intermediate_size,
+            "num_hidden_layers": NEEDED_LAYERS,
+            "num_attention_heads": dims.num_heads,
+            "num_key_value_heads": dims.num_key_value_heads,
+        },
+        **_quantisation_options(quantisation),
+    }
+    clip = comfy.sd.CLIP(
+        Target,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        tokenizer_data={f"{ENCODER}_min_length": 512},
+        model_options=options,
+    )
+    transformer = getattr(clip.cond_stage_model, ENCODER).transformer
+    transformer.model.norm = None  # the last tap is read before any norm
+    assign(transformer, state_dict, name)
+    remember_origin(clip.patcher, lambda file: load_text_encoder(file)[0].patcher, path)
+    return clip, dims
+
+
+def needed_tensors(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The embedding and the layers that Klein reads, of the names of Hugging Face's Qwen3."""
+    layer = re.compile(r"model\.layers\.(\d+)\.")
+    return {
+        key: tensor
+        for key, tensor in state_dict.items()
+        if key.startswith("model.embed_tokens.")
+        or ((match := layer.match(key)) and int(match[1]) < NEEDED_LAYERS)
+    }
+
+
+def _quantisation_options(quantisation: Any) -> dict[str, Any]:
+    """What the host's text model calls the configuration that `read_quantisation` found."""
+    if quantisation is None:
+        return {}
+    if isinstance(quantisation, torch.dtype):
+        return {"scaled_fp8": quantisation}
+    if "mixed_ops" in quantisation:
+        return {"quantization_metadata": quantisation}
+    return {"quantization_metadata": json.dumps({"layers": quantisation})}
+
+
+def _tokenizer_class() -> type:
+    """Klein's tokenizer: the host's own where it has one."""
+    flux = comfy.text_encoders.flux
+    if hasattr(flux, "KleinTokenizer"):
+        return flux.KleinTokenizer
+
+    class KleinTokenizer(sd1_clip.SD1Tokenizer):
+        # this host's vocabulary names the ids of <think> and </think> <|meta|> and <|endofmeta|>
+        template = (
+            "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<|meta|>\n\n<|endofmeta|>\n\n"
+        )
+
+        def __init__(self, embedding_directory=None, tokenizer_data=None):
+            super().__init__(
+                embedding_directory=embedding_directory,
+                tokenizer_data=tokenizer_data or {},
+                name=ENCODER,
+                tokenizer=comfy.text_encoders.z_image.Qwen3Tokenizer,
+            )
+
+        def tokenize_with_weights(self, text, return_word_ids=False, llama_template=None, **kwargs):
+            framed = (llama_template or self.template).format(text)
+            return super().tokenize_with_weights(
+                framed, return_word_ids=return_word_ids, disable_weights=True, **kwargs
+            )
+
+    return KleinTokenizer
+
+
+def _text_encoder_class() -> type:
+    """Qwen3 with Klein's three taps, the same on both hosts."""
+
+    class KleinQwen3(sd1_clip.SDClipModel):
+        def __init__(self, device="cpu", dtype=None, model_options=None, **_):
+            super().__init__(
+                device=device,
+                layer=list(TEXT_TAPS),
+                layer_idx=None,
+                textmodel_json_config={},
+                dtype=dtype,
+                special_tokens={"pad": PAD_TOKEN},
+                layer_norm_hidden_state=False,
+                model_class=comfy.text_encoders.llama.Qwen3_4B,
+                enable_attention_masks=True,
+                return_attention_masks=True,
+                model_options=model_options or {},
+            )
+
+    class KleinTextEncoder(comfy.text_encoders.flux.Flux2TEModel):
+        def __init__(self, device="cpu", dtype=None, model_options=None):
+            super().__init__(
+                device=device,
+                dtype=dtype,
+                model_options=model_options or {},
+                name=ENCODER,
+                clip_model=KleinQwen3,
+            )
+
+    return KleinTextEncoder

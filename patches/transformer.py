@@ -1,0 +1,85 @@
+"""Klein's transformer as the host's own MODEL, built around a file's weights.
+
+The host's class is instantiated on the meta device with the dimensions of the file and the file's tensors are assigned to
+it, so no weight is copied or cast on the way. ComfyUI 0.3.75 has the class but cannot find its dimensions; here they come
+from the weights on both hosts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.model_patcher
+import torch
+
+from ..toolkit.architecture import TransformerDims
+from ..toolkit.igniter import load_state_dict, strip_prefix
+from ..toolkit.keys import is_diffusers_transformer, transformer_from_diffusers
+from .weights import assign, read_quantisation, remember_origin, weight_dtype
+
+CHECKPOINT_PREFIX = r"model\.diffusion_model\."
+
+
+def load_transformer(path: str | Path) -> tuple[Any, TransformerDims]:
+    """Build a MODEL from a Klein transformer.
+
+    Args:
+        path: safetensors, in ComfyUI's or diffusers' names, alone, in shards or in a checkpoint; bf16, fp16, fp32 or fp8.
+
+    Returns:
+        The host's ModelPatcher and the dimensions read from the file.
+
+    Raises:
+        ModelFileError: the file is damaged, of another kind, or quantised in a way that is not supported.
+    """
+    name = Path(path).name
+    state_dict, metadata = load_state_dict(path)
+    if is_diffusers_transformer(state_dict):
+        state_dict = transformer_from_diffusers(state_dict)
+    state_dict = strip_prefix(state_dict, CHECKPOINT_PREFIX)
+    dims = TransformerDims.of(state_dict, name)
+    state_dict, quantisation = read_quantisation(state_dict, metadata, name)
+
+    config = comfy.model_detection.detect_unet_config(state_dict, "")
+    config["num_heads"] = dims.num_heads  # 0.3.75 assumes FLUX.2-dev's 48
+    model_config = comfy.model_detection.model_config_from_unet_config(config, state_dict)
+    load_device = comfy.model_management.get_torch_device()
+    _set_dtype(model_config, state_dict, quantisation, load_device, name)
+    model = model_config.get_model(state_dict, "", device=torch.device("meta"))
+    model.device = None  # not meta: the host would keep activations there
+    assign(model.diffusion_model, model_config.process_unet_state_dict(state_dict), name)
+    patcher = comfy.model_patcher.ModelPatcher(
+        model, load_device=load_device, offload_device=comfy.model_management.unet_offload_device()
+    )
+    remember_origin(patcher, lambda file: load_transformer(file)[0], path)
+    return patcher, dims
+
+
+def _set_dtype(
+    model_config: Any,
+    state_dict: dict[str, torch.Tensor],
+    quantisation: Any,
+    device: torch.device,
+    name: str,
+) -> None:
+    """Tell the host's configuration in which dtype the weights lie and in which one to compute."""
+    management, supported = comfy.model_management, model_config.supported_inference_dtypes
+    if quantisation is None:
+        dtype = weight_dtype(state_dict, name)
+        model_config.set_inference_dtype(
+            dtype, management.unet_manual_cast(dtype, device, supported)
+        )
+        return
+    count = sum(tensor.numel() for tensor in state_dict.values())
+    dtype = management.unet_dtype(model_params=count, supported_dtypes=list(supported))
+    stored: torch.dtype | None = None
+    if isinstance(quantisation, torch.dtype):  # 0.3.75 and a file of the form "scaled_fp8"
+        model_config.scaled_fp8, stored = quantisation, dtype
+    elif "mixed_ops" in quantisation:
+        model_config.quant_config = quantisation
+    else:
+        model_config.layer_quant_config = quantisation
+    model_config.set_inference_dtype(dtype, management.unet_manual_cast(stored, device, supported))

@@ -1,0 +1,86 @@
+"""Klein's autoencoder as the host's own VAE."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import comfy.utils
+import torch
+
+from ..toolkit.architecture import LATENT_CHANNELS, SPATIAL_FACTOR, VaeDims
+from ..toolkit.errors import ModelFileError
+from ..toolkit.igniter import load_state_dict, strip_prefix
+from ..toolkit.keys import is_diffusers_vae, vae_from_diffusers
+from .weights import FP8_DTYPES, assign, remember_origin, weight_dtype
+
+CHECKPOINT_PREFIX = r"(vae|first_stage_model)\."
+
+
+def load_vae(path: str | Path) -> tuple[Any, VaeDims]:
+    """Build a VAE from a FLUX.2 autoencoder file.
+
+    The one part whose weights may be cast: the host runs a VAE in a dtype of its own choice, and the published file is
+    fp32.
+
+    Returns:
+        The host's VAE and the dimensions read from the file.
+
+    Raises:
+        ModelFileError: the file is damaged, of another kind, or quantised.
+    """
+    name = Path(path).name
+    state_dict, metadata = load_state_dict(path)
+    state_dict = strip_prefix(state_dict, CHECKPOINT_PREFIX)
+    if is_diffusers_vae(state_dict):
+        state_dict = vae_from_diffusers(state_dict)
+    moved = {"decoder.post_quant_conv.": "post_quant_conv.", "encoder.quant_conv.": "quant_conv."}
+    state_dict = comfy.utils.state_dict_prefix_replace(dict(state_dict), moved)
+    dims = VaeDims.of(state_dict, name)
+    if weight_dtype(state_dict, name) in FP8_DTYPES:
+        raise ModelFileError(f"{name} is an fp8 VAE.", "Use the published flux2-vae.safetensors.")
+    encoder = {
+        "double_z": True,
+        "z_channels": dims.latent_channels,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": dims.encoder_width,
+        "ch_mult": list(dims.multipliers),
+        "num_res_blocks": dims.res_blocks,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+        "batch_norm_latent": True,
+    }
+    params: dict[str, Any] = {"ddconfig": encoder, "embed_dim": dims.embed_dim}
+    if dims.decoder_width != dims.encoder_width:
+        params["decoder_ddconfig"] = {**encoder, "ch": dims.decoder_width}
+    with torch.device("meta"), _without_log("Missing VAE keys"):
+        vae = comfy.sd.VAE(sd={}, config={"params": params}, metadata=metadata)
+    vae.latent_channels = LATENT_CHANNELS
+    vae.downscale_ratio = vae.upscale_ratio = SPATIAL_FACTOR
+    per_unpacked = vae.memory_used_decode
+    vae.memory_used_decode = lambda shape, dtype: (
+        per_unpacked(shape, dtype) * 4.0
+    )  # a packed position is 2x2
+    assign(vae.first_stage_model, {k: v.to(vae.vae_dtype) for k, v in state_dict.items()}, name)
+    remember_origin(vae.patcher, lambda file: load_vae(file)[0].patcher, path)
+    return vae, dims
+
+
+@contextlib.contextmanager
+def _without_log(start: str):
+    """Keep one misleading line of the host out of the log."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(start)
+
+    root = logging.getLogger()
+    root.addFilter(keep)
+    try:
+        yield
+    finally:
+        root.removeFilter(keep)

@@ -17,7 +17,7 @@ from comfy import sd1_clip
 
 from ..toolkit.architecture import TEXT_TAPS, TextEncoderDims
 from ..toolkit.igniter import load_state_dict, strip_prefix
-from .weights import assign, read_quantisation, remember_origin
+from .weights import assign, read_quantisation, remember_origin, weight_dtype
 
 CHECKPOINT_PREFIX = r"text_encoders\.[^.]+\.transformer\."
 PAD_TOKEN = 151643
@@ -42,9 +42,11 @@ def load_text_encoder(path: str | Path) -> tuple[Any, TextEncoderDims]:
     """
     name = Path(path).name
     state_dict, metadata = load_state_dict(path)
-    state_dict = strip_prefix(state_dict, CHECKPOINT_PREFIX)
+    state_dict = strip_prefix(state_dict, CHECKPOINT_PREFIX, "model.embed_tokens.weight")
     dims = TextEncoderDims.of(state_dict, name)
     state_dict, quantisation = read_quantisation(state_dict, metadata, name)
+    if quantisation is None:
+        weight_dtype(state_dict, name)  # refuses what Klein does not run from
     state_dict = needed_tensors(state_dict)
 
     class Target:

@@ -39,7 +39,9 @@ def load_transformer(path: str | Path) -> tuple[Any, TransformerDims]:
     state_dict, metadata = load_state_dict(path)
     if is_diffusers_transformer(state_dict):
         state_dict = transformer_from_diffusers(state_dict)
-    state_dict = strip_prefix(state_dict, CHECKPOINT_PREFIX)
+    state_dict = strip_prefix(
+        state_dict, CHECKPOINT_PREFIX, "double_stream_modulation_img.lin.weight"
+    )
     dims = TransformerDims.of(state_dict, name)
     state_dict, quantisation = read_quantisation(state_dict, metadata, name)
 

@@ -34,7 +34,7 @@ def load_vae(path: str | Path) -> tuple[Any, VaeDims]:
     """
     name = Path(path).name
     state_dict, metadata = load_state_dict(path)
-    state_dict = strip_prefix(state_dict, CHECKPOINT_PREFIX)
+    state_dict = strip_prefix(state_dict, CHECKPOINT_PREFIX, "decoder.conv_in.weight")
     if is_diffusers_vae(state_dict):
         state_dict = vae_from_diffusers(state_dict)
     moved = {"decoder.post_quant_conv.": "post_quant_conv.", "encoder.quant_conv.": "quant_conv."}

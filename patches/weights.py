@@ -95,9 +95,14 @@ def read_quantisation(
 def _read_quantisation(
     state_dict: dict[str, torch.Tensor], metadata: dict[str, str], name: str
 ) -> tuple[dict[str, torch.Tensor], Any]:
+    formats = _layer_formats(state_dict)
+    if "_quantization_metadata" in metadata:
+        layers = json.loads(metadata["_quantization_metadata"])["layers"]
+        formats |= {layer.get("format") for layer in layers.values()}
+    if other := sorted(map(str, formats.difference(FP8_FORMATS))):
+        raise _unsupported(name, ", ".join(other))
     if hasattr(comfy.utils, "convert_old_quants"):
         state_dict, _ = comfy.utils.convert_old_quants(state_dict, "", metadata=metadata)
-        _check_formats(_layer_formats(state_dict), name)
         return state_dict, comfy.utils.detect_layer_quantization(state_dict, "")
     if _layer_formats(state_dict):
         raise ModelFileError(
@@ -106,11 +111,7 @@ def _read_quantisation(
         )
     if (marker := state_dict.pop("scaled_fp8", None)) is not None:
         return state_dict, FP8_DTYPES[0] if marker.dtype == torch.float32 else marker.dtype
-    if "_quantization_metadata" not in metadata:
-        return state_dict, None
-    layers = json.loads(metadata["_quantization_metadata"])["layers"]
-    _check_formats({layer.get("format") for layer in layers.values()}, name)
-    return state_dict, layers
+    return state_dict, layers if "_quantization_metadata" in metadata else None
 
 
 def _layer_formats(state_dict: dict[str, torch.Tensor]) -> set[str | None]:
@@ -120,11 +121,6 @@ def _layer_formats(state_dict: dict[str, torch.Tensor]) -> set[str | None]:
         for key, tensor in state_dict.items()
         if key.endswith(".comfy_quant")
     }
-
-
-def _check_formats(formats: set[str | None], name: str) -> None:
-    if other := sorted(map(str, formats.difference(FP8_FORMATS))):
-        raise _unsupported(name, ", ".join(other))
 
 
 def _unsupported(name: str, what: str) -> ModelFileError:

@@ -8,15 +8,13 @@ afterwards can reach them.
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from .errors import ModelFileError
-from .header import ModelFile, TensorEntry, identity_of, read_header
+from .header import ModelFile, TensorEntry, read_header
 
 IN_MEMORY = 64 << 20  # bytes; up to here a copy costs less than 20 ms and outlives the file
 _OTHER_FORMATS = {
@@ -105,8 +103,16 @@ def tensors_of(file: ModelFile, in_memory: int = IN_MEMORY) -> dict[str, torch.T
     Raises:
         ModelFileError: the file is no longer the one whose header was read.
     """
-    flat = _read(file) if file.size <= in_memory else _map(file)
-    file.check_unchanged()  # what was read or mapped belongs to the header
+    file.check_unchanged()
+    try:
+        flat = _read(file) if file.size <= in_memory else _map(file)
+    except (OSError, RuntimeError) as error:
+        file.check_unchanged()
+        raise ModelFileError(
+            f"{file.path.name} cannot be opened ({str(error).splitlines()[0]}).",
+            "Free some memory, or copy the file to a local disk.",
+        ) from error
+    file.check_unchanged()  # so what was read or mapped belongs to the header
     return {name: _view(flat, entry) for name, entry in file.entries.items()}
 
 
@@ -115,28 +121,14 @@ def _read(file: ModelFile) -> torch.Tensor:
     flat = torch.empty(file.size, dtype=torch.uint8)
     buffer, done = memoryview(flat.numpy()), 0
     with file.path.open("rb", buffering=0) as source:
-        if identity_of(os.fstat(source.fileno())) != file.identity:
-            file.check_unchanged()
         while done < file.size and (count := source.readinto(buffer[done:])):
             done += count
-    if done < file.size:
-        raise ModelFileError(
-            f"{file.path.name} ended after {done} of {file.size} bytes.",
-            "Wait until it is written completely, then queue again.",
-        )
     return flat
 
 
 def _map(file: ModelFile) -> torch.Tensor:
     """The whole file as a private mapping, [size] uint8: writing to it changes memory, never the file."""
-    try:
-        storage = torch.UntypedStorage.from_file(str(file.path), False, file.size)
-    except RuntimeError as error:
-        file.check_unchanged()
-        raise ModelFileError(
-            f"{file.path.name} cannot be mapped ({str(error).splitlines()[0]}).",
-            "Free some memory, or copy the file to a local disk.",
-        ) from error
+    storage = torch.UntypedStorage.from_file(str(file.path), False, file.size)
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (file.size,), (1,))
 
 
@@ -147,14 +139,25 @@ def _view(flat: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
     return data.view(entry.dtype).view(entry.shape)
 
 
-def strip_prefix(state_dict: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors whose names begin with a regular expression, under the rest of their names.
+def strip_prefix(
+    state_dict: dict[str, torch.Tensor], prefix: str, sign: str
+) -> dict[str, torch.Tensor]:
+    """Pick one part out of a checkpoint.
 
-    All of them stay as they are when none begins so: the file holds only this part.
+    Args:
+        state_dict: of a checkpoint, or of the part alone.
+        prefix: a regular expression for what stands before the part's names.
+        sign: a name that the part surely has.
+
+    Returns:
+        The part under its own names; everything as it was when no `prefix` + `sign` is there.
     """
-    pattern = re.compile(prefix)
-    found = {k[m.end() :]: v for k, v in state_dict.items() if (m := pattern.match(k))}
-    return found or dict(state_dict)
+    pattern = re.compile(f"({prefix}){re.escape(sign)}$")
+    match = next(filter(None, map(pattern.match, state_dict)), None)
+    if match is None:
+        return state_dict
+    found = match[1]
+    return {k[len(found) :]: v for k, v in state_dict.items() if k.startswith(found)}
 
 
 def file_fingerprint(path: str | Path) -> tuple[str, int, int]:

@@ -18,7 +18,7 @@ SMALL = {"width": 64, "height": 64}
 FOLDER = {"diffusion_model": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
 KLEIN = ROOT / "assets" / "diffusion_models" / "ark_tiny_klein.safetensors"
 VAE = ROOT / "assets" / "vae" / "ark_tiny_flux2_vae.safetensors"
-BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1}
+BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
 
 
 def read_header(path: Path) -> tuple[dict, bytes]:
@@ -160,12 +160,28 @@ def transformer_that_lacks_a_tensor(path: Path) -> None:
     write_zeros(path, shapes)
 
 
-def fp8_transformer(path: Path) -> None:
-    write_zeros(path, shapes_of(KLEIN), "F8_E4M3")
+def nvfp4_transformer(path: Path) -> None:
+    header, data = read_header(KLEIN)
+    config = json.dumps({"format": "nvfp4"}).encode()
+    entry = {
+        "dtype": "U8",
+        "shape": [len(config)],
+        "data_offsets": [len(data), len(data) + len(config)],
+    }
+    write_raw(path, {**header, "single_blocks.0.linear1.comfy_quant": entry}, data + config)
 
 
-def fp8_text_encoder(path: Path) -> None:
-    write_zeros(path, qwen3_shapes(64, 27), "F8_E4M3")
+def int8_transformer(path: Path) -> None:
+    write_zeros(path, shapes_of(KLEIN), "I8")
+
+
+def broken_quantisation(path: Path) -> None:
+    header, data = read_header(KLEIN)
+    write_raw(path, {**header, "__metadata__": {"_quantization_metadata": "{not json"}}, data)
+
+
+def int8_text_encoder(path: Path) -> None:
+    write_zeros(path, qwen3_shapes(64, 27), "I8")
 
 
 def wide_text_encoder(path: Path) -> None:
@@ -210,8 +226,10 @@ BAD_FILES = [
         "final_layer.linear.weight",
         DOWNLOAD_AGAIN,
     ),
-    ("diffusion_model", fp8_transformer, "is quantised (float8_e4m3fn)", "Use the bf16 file"),
-    ("text_encoder", fp8_text_encoder, "is quantised (float8_e4m3fn)", "Use the bf16 file"),
+    ("diffusion_model", nvfp4_transformer, "is quantised to nvfp4", "Use the bf16 or the fp8 file"),
+    ("diffusion_model", int8_transformer, "is quantised to int8", "Use the bf16 or the fp8 file"),
+    ("diffusion_model", broken_quantisation, "describes its quantisation", "use the bf16 file"),
+    ("text_encoder", int8_text_encoder, "is quantised to int8", "Use the bf16 or the fp8 file"),
     (
         "text_encoder",
         wide_text_encoder,

@@ -1,15 +1,16 @@
-"""Mapping a file: the bytes are the file's, and every kind of damage gets a sentence with a remedy."""
+"""Opening a file: the bytes are the file's, and what happens to it meanwhile gets a sentence with a remedy."""
 
 import hashlib
 import json
-import struct
+import os
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from ark.toolkit.errors import ModelFileError
-from ark.toolkit.igniter import file_fingerprint, load_state_dict
+from ark.toolkit.header import read_header
+from ark.toolkit.igniter import file_fingerprint, load_state_dict, strip_prefix, tensors_of
 
 
 @pytest.fixture
@@ -20,15 +21,14 @@ def model_file(tmp_path):
     return path, tensors
 
 
-def raw_file(path, header: bytes, body: bytes):
-    path.write_bytes(struct.pack("<Q", len(header)) + header + body)
-    return path
+MAPPED, READ = 0, 1 << 30  # `in_memory`: which way a file takes
 
 
-def test_tensors_equal_the_file_and_the_file_stays(model_file):
+@pytest.mark.parametrize("in_memory", [MAPPED, READ], ids=["mapped", "read"])
+def test_tensors_equal_the_file_and_the_file_stays(model_file, in_memory: int):
     path, tensors = model_file
     before = hashlib.sha256(path.read_bytes()).hexdigest()
-    state_dict, metadata = load_state_dict(path)
+    state_dict, metadata = load_state_dict(path, in_memory)
     assert metadata == {"format": "pt"}
     assert sum(tensor.nbytes for tensor in state_dict.values()) == 64 * 32 * 4 + 7 * 2 + 5 * 8
     for name, tensor in tensors.items():
@@ -38,46 +38,116 @@ def test_tensors_equal_the_file_and_the_file_stays(model_file):
     assert hashlib.sha256(path.read_bytes()).hexdigest() == before
 
 
-def header_of(entry: dict) -> bytes:
-    return json.dumps({"w": entry}).encode()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    {
-        "empty": lambda p: p.write_bytes(b""),
-        "text": lambda p: p.write_text("this is a web page, not a model" * 20),
-        "huge header": lambda p: p.write_bytes(struct.pack("<Q", 1 << 60) + b"{}"),
-        "no json": lambda p: raw_file(p, b"not json at all", b""),
-        "past the end": lambda p: raw_file(
-            p, header_of({"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}), b"\0" * 8
-        ),
-        "shape lies": lambda p: raw_file(
-            p, header_of({"dtype": "F32", "shape": [9], "data_offsets": [0, 16]}), b"\0" * 16
-        ),
-        "negative": lambda p: raw_file(
-            p, header_of({"dtype": "F32", "shape": [4], "data_offsets": [16, 0]}), b"\0" * 16
-        ),
-        "hole": lambda p: raw_file(
-            p, header_of({"dtype": "F32", "shape": [4], "data_offsets": [8, 24]}), b"\0" * 24
-        ),
-        "no tensors": lambda p: raw_file(p, b"{}", b""),
-    }.items(),
-    ids=lambda item: item[0],
-)
-def test_damage_is_named(tmp_path, damage):
-    path = tmp_path / "broken.safetensors"
-    damage[1](path)
-    with pytest.raises(ModelFileError, match="broken.safetensors") as caught:
-        load_state_dict(path)
-    assert caught.value.remedy in str(caught.value)
-
-
 def test_truncated_file(model_file):
     path, _ = model_file
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ModelFileError, match="not a whole safetensors file"):
         load_state_dict(path)
+
+
+def test_header_of_odd_length(tmp_path, model_file):
+    path, tensors = model_file
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    odd = (size + 3).to_bytes(8, "little") + raw[8 : 8 + size] + b"   " + raw[8 + size :]
+    path.write_bytes(odd)  # legal: torch can view such bytes only after a copy
+    for in_memory in (MAPPED, READ):
+        state_dict, _ = load_state_dict(path, in_memory)
+        assert all(torch.equal(state_dict[name], tensor) for name, tensor in tensors.items())
+
+
+def truncate(path):
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def grow(path):
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+def replace(path):
+    other = path.with_name("other.safetensors")
+    save_file({"a": torch.zeros(64, 32)}, other)
+    os.replace(other, path)
+
+
+@pytest.mark.parametrize("in_memory", [MAPPED, READ], ids=["mapped", "read"])
+@pytest.mark.parametrize("change", [truncate, grow, replace, os.remove])
+def test_file_that_changes_between_header_and_bytes(model_file, change, in_memory: int):
+    path, _ = model_file
+    file = read_header(path)
+    change(path)
+    with pytest.raises(ModelFileError, match="model.safetensors (was changed|is gone)"):
+        tensors_of(file, in_memory)
+
+
+@pytest.mark.parametrize("change", [truncate, grow, replace, os.remove])
+def test_what_was_read_outlives_every_change(model_file, change):
+    path, tensors = model_file
+    state_dict, _ = load_state_dict(path, READ)
+    change(path)
+    assert all(torch.equal(state_dict[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("change", [replace, os.remove])
+def test_what_was_mapped_outlives_a_replacement(model_file, change):
+    path, tensors = model_file
+    state_dict, _ = load_state_dict(path, MAPPED)
+    change(path)
+    assert all(torch.equal(state_dict[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.fixture
+def shards(tmp_path):
+    tensors = {f"w{i}": torch.randn(4, i + 1) for i in range(3)}
+    names = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
+    for name, (key, tensor) in zip(names, tensors.items(), strict=True):
+        save_file({key: tensor}, tmp_path / name)
+    index = {"weight_map": dict(zip(tensors, names, strict=True))}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return [tmp_path / name for name in names], tensors
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+@pytest.mark.parametrize("chosen", [0, 2])
+def test_any_shard_stands_for_all(shards, chosen: int, with_index: bool):
+    paths, tensors = shards
+    if not with_index:
+        (paths[0].parent / "model.safetensors.index.json").unlink()
+    state_dict, _ = load_state_dict(paths[chosen])
+    assert state_dict.keys() == tensors.keys()
+    assert all(torch.equal(state_dict[name], tensor) for name, tensor in tensors.items())
+
+
+def test_missing_shard_is_named(shards):
+    paths, _ = shards
+    paths[1].unlink()
+    with pytest.raises(ModelFileError, match=f"{paths[1].name} is not beside it"):
+        load_state_dict(paths[0])
+
+
+def test_tensor_in_two_shards(shards):
+    paths, _ = shards
+    paths[1].write_bytes(paths[0].read_bytes())
+    with pytest.raises(ModelFileError, match="repeats tensor w0"):
+        load_state_dict(paths[0])
+
+
+@pytest.mark.parametrize(
+    "index", ["", "[]", "{}", '{"weight_map": {"w": 3}}', '{"weight_map": {"w": "../x"}}']
+)
+def test_damaged_index(shards, index: str):
+    paths, _ = shards
+    (paths[0].parent / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelFileError, match="model.safetensors.index.json"):
+        load_state_dict(paths[0])
+
+
+def test_strip_prefix():
+    mixed = {"vae.a": torch.zeros(1), "vae.c": torch.zeros(2), "text.b": torch.ones(1)}
+    assert strip_prefix(mixed, r"(vae|ae)\.", "a").keys() == {"a", "c"}
+    assert strip_prefix(mixed, r"vae\.", "b") is mixed
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "model.ckpt", "model.pt"])

@@ -16,7 +16,8 @@ import torch
 from comfy import sd1_clip
 
 from ..toolkit.architecture import TEXT_TAPS, TextEncoderDims
-from ..toolkit.igniter import load_state_dict, strip_prefix
+from ..toolkit.igniter import open_model, strip_prefix
+from .residency import ResidentPatcher
 from .weights import assign, read_quantisation, remember_origin, weight_dtype
 
 CHECKPOINT_PREFIX = r"text_encoders\.[^.]+\.transformer\."
@@ -41,10 +42,11 @@ def load_text_encoder(path: str | Path) -> tuple[Any, TextEncoderDims]:
         ModelFileError: the file is damaged, of another kind, or quantised in a way that is not supported.
     """
     name = Path(path).name
-    state_dict, metadata = load_state_dict(path)
+    opened = open_model(path)
+    state_dict = opened.tensors
     state_dict = strip_prefix(state_dict, CHECKPOINT_PREFIX, "model.embed_tokens.weight")
     dims = TextEncoderDims.of(state_dict, name)
-    state_dict, quantisation = read_quantisation(state_dict, metadata, name)
+    state_dict, quantisation = read_quantisation(state_dict, opened.metadata, name)
     if quantisation is None:
         weight_dtype(state_dict, name)  # refuses what Klein does not run from
     state_dict = needed_tensors(state_dict)
@@ -76,6 +78,7 @@ def load_text_encoder(path: str | Path) -> tuple[Any, TextEncoderDims]:
     transformer = getattr(clip.cond_stage_model, ENCODER).transformer
     transformer.model.norm = None  # the last tap is read before any norm
     assign(transformer, state_dict, name)
+    clip.patcher = ResidentPatcher.of(clip.patcher, opened)
     remember_origin(clip.patcher, lambda file: load_text_encoder(file)[0].patcher, path)
     return clip, dims
 

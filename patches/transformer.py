@@ -16,8 +16,9 @@ import comfy.model_patcher
 import torch
 
 from ..toolkit.architecture import TransformerDims
-from ..toolkit.igniter import load_state_dict, strip_prefix
+from ..toolkit.igniter import open_model, strip_prefix
 from ..toolkit.keys import is_diffusers_transformer, transformer_from_diffusers
+from .residency import ResidentPatcher
 from .weights import assign, read_quantisation, remember_origin, weight_dtype
 
 CHECKPOINT_PREFIX = r"model\.diffusion_model\."
@@ -36,14 +37,15 @@ def load_transformer(path: str | Path) -> tuple[Any, TransformerDims]:
         ModelFileError: the file is damaged, of another kind, or quantised in a way that is not supported.
     """
     name = Path(path).name
-    state_dict, metadata = load_state_dict(path)
+    opened = open_model(path)
+    state_dict = opened.tensors
     if is_diffusers_transformer(state_dict):
         state_dict = transformer_from_diffusers(state_dict)
     state_dict = strip_prefix(
         state_dict, CHECKPOINT_PREFIX, "double_stream_modulation_img.lin.weight"
     )
     dims = TransformerDims.of(state_dict, name)
-    state_dict, quantisation = read_quantisation(state_dict, metadata, name)
+    state_dict, quantisation = read_quantisation(state_dict, opened.metadata, name)
 
     config = comfy.model_detection.detect_unet_config(state_dict, "")
     config["num_heads"] = dims.num_heads  # 0.3.75 assumes FLUX.2-dev's 48
@@ -56,6 +58,7 @@ def load_transformer(path: str | Path) -> tuple[Any, TransformerDims]:
     patcher = comfy.model_patcher.ModelPatcher(
         model, load_device=load_device, offload_device=comfy.model_management.unet_offload_device()
     )
+    patcher = ResidentPatcher.of(patcher, opened)
     remember_origin(patcher, lambda file: load_transformer(file)[0], path)
     return patcher, dims
 

@@ -13,8 +13,9 @@ import torch
 
 from ..toolkit.architecture import LATENT_CHANNELS, SPATIAL_FACTOR, VaeDims
 from ..toolkit.errors import ModelFileError
-from ..toolkit.igniter import load_state_dict, strip_prefix
+from ..toolkit.igniter import open_model, strip_prefix
 from ..toolkit.keys import is_diffusers_vae, vae_from_diffusers
+from .residency import ResidentPatcher
 from .weights import FP8_DTYPES, assign, remember_origin, weight_dtype
 
 CHECKPOINT_PREFIX = r"(vae|first_stage_model)\."
@@ -33,7 +34,8 @@ def load_vae(path: str | Path) -> tuple[Any, VaeDims]:
         ModelFileError: the file is damaged, of another kind, or quantised.
     """
     name = Path(path).name
-    state_dict, metadata = load_state_dict(path)
+    opened = open_model(path)
+    state_dict = opened.tensors
     state_dict = strip_prefix(state_dict, CHECKPOINT_PREFIX, "decoder.conv_in.weight")
     if is_diffusers_vae(state_dict):
         state_dict = vae_from_diffusers(state_dict)
@@ -59,7 +61,7 @@ def load_vae(path: str | Path) -> tuple[Any, VaeDims]:
     if dims.decoder_width != dims.encoder_width:
         params["decoder_ddconfig"] = {**encoder, "ch": dims.decoder_width}
     with torch.device("meta"), _without_log("Missing VAE keys"):
-        vae = comfy.sd.VAE(sd={}, config={"params": params}, metadata=metadata)
+        vae = comfy.sd.VAE(sd={}, config={"params": params}, metadata=opened.metadata)
     vae.latent_channels = LATENT_CHANNELS
     vae.downscale_ratio = vae.upscale_ratio = SPATIAL_FACTOR
     per_unpacked = vae.memory_used_decode
@@ -67,6 +69,7 @@ def load_vae(path: str | Path) -> tuple[Any, VaeDims]:
         per_unpacked(shape, dtype) * 4.0
     )  # a packed position is 2x2
     assign(vae.first_stage_model, {k: v.to(vae.vae_dtype) for k, v in state_dict.items()}, name)
+    vae.patcher = ResidentPatcher.of(vae.patcher, opened)
     remember_origin(vae.patcher, lambda file: load_vae(file)[0].patcher, path)
     return vae, dims
 

@@ -20,6 +20,10 @@ class ModelFileError(ArkError):
     """A model file is missing, damaged, or not the kind of file its slot needs."""
 
 
+class TransferFailed(Exception):
+    """One way of bringing a file to the device failed; its text says why, and another way may serve."""
+
+
 class InputError(ArkError):
     """An input of a node is outside what the model can do."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,9 +28,32 @@ _OTHER_FORMATS = {
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors$")
 
 
-def load_state_dict(
-    path: str | Path, in_memory: int = IN_MEMORY
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model's tensors and where their bytes come from.
+
+    Attributes:
+        tensors: by name, in the files' own dtypes.
+        metadata: of the file (of shards: of the first one).
+        parts: each file with its bytes as one tensor [size] uint8, of which the tensors are views.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+    parts: tuple[tuple[ModelFile, torch.Tensor], ...]
+
+    def origin_of(self, tensor: torch.Tensor) -> tuple[ModelFile, TensorEntry] | None:
+        """The bytes of a file that a tensor is a view of, None if it was computed since."""
+        if type(tensor.data) is not torch.Tensor or tensor.is_meta or not tensor.is_contiguous():
+            return None
+        for file, flat in self.parts:
+            start = tensor.data_ptr() - flat.data_ptr()
+            if tensor.nbytes and 0 <= start <= file.size - tensor.nbytes:
+                return file, TensorEntry(tensor.dtype, tuple(tensor.shape), start, tensor.nbytes)
+        return None
+
+
+def open_model(path: str | Path, in_memory: int = IN_MEMORY) -> OpenedModel:
     """Open a model.
 
     Args:
@@ -37,22 +61,24 @@ def load_state_dict(
         in_memory: files up to this many bytes are read, larger ones mapped.
 
     Returns:
-        `{name: tensor}` in the file's own dtypes, and the file's metadata (of shards: the first one's).
+        Its tensors. Nothing is copied beyond `in_memory`, nothing cast.
 
     Raises:
         ModelFileError: a file is missing, not safetensors, truncated, or its header does not fit its contents.
     """
-    state_dict: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     files = [read_header(part) for part in model_parts(path)]
-    for file in files:
-        for name, tensor in tensors_of(file, in_memory).items():
-            if name in state_dict:
-                raise ModelFileError(
-                    f"{file.path.name} repeats tensor {name} of another shard.",
-                    "Download it again.",
-                )
-            state_dict[name] = tensor
-    return state_dict, files[0].metadata
+    with torch.inference_mode(False):  # the tensors outlive the prompt that opened them
+        parts = tuple((file, bytes_of(file, in_memory)) for file in files)
+        for file, flat in parts:
+            for name, entry in file.entries.items():
+                if name in tensors:
+                    raise ModelFileError(
+                        f"{file.path.name} repeats tensor {name} of another shard.",
+                        "Download it again.",
+                    )
+                tensors[name] = _view(flat, entry)
+    return OpenedModel(tensors, files[0].metadata, parts)
 
 
 def model_parts(path: str | Path) -> list[Path]:
@@ -97,8 +123,8 @@ def _indexed_shards(index: Path) -> list[str]:
     return names
 
 
-def tensors_of(file: ModelFile, in_memory: int = IN_MEMORY) -> dict[str, torch.Tensor]:
-    """A file's tensors, read or mapped; see `load_state_dict`.
+def bytes_of(file: ModelFile, in_memory: int = IN_MEMORY) -> torch.Tensor:
+    """A file's bytes, [size] uint8, read or mapped; see `open_model`.
 
     Raises:
         ModelFileError: the file is no longer the one whose header was read.
@@ -113,7 +139,7 @@ def tensors_of(file: ModelFile, in_memory: int = IN_MEMORY) -> dict[str, torch.T
             "Free some memory, or copy the file to a local disk.",
         ) from error
     file.check_unchanged()  # so what was read or mapped belongs to the header
-    return {name: _view(flat, entry) for name, entry in file.entries.items()}
+    return flat
 
 
 def _read(file: ModelFile) -> torch.Tensor:

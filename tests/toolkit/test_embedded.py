@@ -15,7 +15,7 @@ from ark.toolkit.embedded import (
     embedded_text_encoder,
     preferred,
 )
-from ark.toolkit.igniter import load_state_dict
+from ark.toolkit.igniter import open_model
 
 
 def test_all_of_it_is_at_most_20_mb():
@@ -30,7 +30,7 @@ def test_dimensions_are_read_from_the_weights(tmp_path, monkeypatch):
     folders = embedded_folders()
     assert set(folders) == {"diffusion_models", "text_encoders", "vae"}
     files = {kind: next(folder.glob("ark_tiny*.safetensors")) for kind, folder in folders.items()}
-    parts = {kind: load_state_dict(path)[0] for kind, path in files.items()}
+    parts = {kind: open_model(path).tensors for kind, path in files.items()}
     transformer = TransformerDims.of(parts["diffusion_models"], "t")
     text_encoder = TextEncoderDims.of(parts["text_encoders"], "e")
     vae = VaeDims.of(parts["vae"], "v")

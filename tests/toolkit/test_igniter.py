@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from ark.toolkit.errors import ModelFileError
 from ark.toolkit.header import read_header
-from ark.toolkit.igniter import file_fingerprint, load_state_dict, strip_prefix, tensors_of
+from ark.toolkit.igniter import bytes_of, file_fingerprint, open_model, strip_prefix
 
 
 @pytest.fixture
@@ -28,7 +28,8 @@ MAPPED, READ = 0, 1 << 30  # `in_memory`: which way a file takes
 def test_tensors_equal_the_file_and_the_file_stays(model_file, in_memory: int):
     path, tensors = model_file
     before = hashlib.sha256(path.read_bytes()).hexdigest()
-    state_dict, metadata = load_state_dict(path, in_memory)
+    opened = open_model(path, in_memory)
+    state_dict, metadata = opened.tensors, opened.metadata
     assert metadata == {"format": "pt"}
     assert sum(tensor.nbytes for tensor in state_dict.values()) == 64 * 32 * 4 + 7 * 2 + 5 * 8
     for name, tensor in tensors.items():
@@ -42,7 +43,7 @@ def test_truncated_file(model_file):
     path, _ = model_file
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ModelFileError, match="not a whole safetensors file"):
-        load_state_dict(path)
+        open_model(path)
 
 
 def test_header_of_odd_length(tmp_path, model_file):
@@ -52,7 +53,7 @@ def test_header_of_odd_length(tmp_path, model_file):
     odd = (size + 3).to_bytes(8, "little") + raw[8 : 8 + size] + b"   " + raw[8 + size :]
     path.write_bytes(odd)  # legal: torch can view such bytes only after a copy
     for in_memory in (MAPPED, READ):
-        state_dict, _ = load_state_dict(path, in_memory)
+        state_dict = open_model(path, in_memory).tensors
         assert all(torch.equal(state_dict[name], tensor) for name, tensor in tensors.items())
 
 
@@ -79,13 +80,13 @@ def test_file_that_changes_between_header_and_bytes(model_file, change, in_memor
     file = read_header(path)
     change(path)
     with pytest.raises(ModelFileError, match="model.safetensors (was changed|is gone)"):
-        tensors_of(file, in_memory)
+        bytes_of(file, in_memory)
 
 
 @pytest.mark.parametrize("change", [truncate, grow, replace, os.remove])
 def test_what_was_read_outlives_every_change(model_file, change):
     path, tensors = model_file
-    state_dict, _ = load_state_dict(path, READ)
+    state_dict = open_model(path, READ).tensors
     change(path)
     assert all(torch.equal(state_dict[name], tensor) for name, tensor in tensors.items())
 
@@ -93,7 +94,7 @@ def test_what_was_read_outlives_every_change(model_file, change):
 @pytest.mark.parametrize("change", [replace, os.remove])
 def test_what_was_mapped_outlives_a_replacement(model_file, change):
     path, tensors = model_file
-    state_dict, _ = load_state_dict(path, MAPPED)
+    state_dict = open_model(path, MAPPED).tensors
     change(path)
     assert all(torch.equal(state_dict[name], tensor) for name, tensor in tensors.items())
 
@@ -115,7 +116,7 @@ def test_any_shard_stands_for_all(shards, chosen: int, with_index: bool):
     paths, tensors = shards
     if not with_index:
         (paths[0].parent / "model.safetensors.index.json").unlink()
-    state_dict, _ = load_state_dict(paths[chosen])
+    state_dict = open_model(paths[chosen]).tensors
     assert state_dict.keys() == tensors.keys()
     assert all(torch.equal(state_dict[name], tensor) for name, tensor in tensors.items())
 
@@ -124,14 +125,14 @@ def test_missing_shard_is_named(shards):
     paths, _ = shards
     paths[1].unlink()
     with pytest.raises(ModelFileError, match=f"{paths[1].name} is not beside it"):
-        load_state_dict(paths[0])
+        open_model(paths[0])
 
 
 def test_tensor_in_two_shards(shards):
     paths, _ = shards
     paths[1].write_bytes(paths[0].read_bytes())
     with pytest.raises(ModelFileError, match="repeats tensor w0"):
-        load_state_dict(paths[0])
+        open_model(paths[0])
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_damaged_index(shards, index: str):
     paths, _ = shards
     (paths[0].parent / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ModelFileError, match="model.safetensors.index.json"):
-        load_state_dict(paths[0])
+        open_model(paths[0])
 
 
 def test_strip_prefix():
@@ -154,12 +155,12 @@ def test_strip_prefix():
 def test_other_formats_are_refused_by_name(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ModelFileError, match="Use the model's .safetensors"):
-        load_state_dict(tmp_path / name)
+        open_model(tmp_path / name)
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(ModelFileError, match="is not there"):
-        load_state_dict(tmp_path / "absent.safetensors")
+        open_model(tmp_path / "absent.safetensors")
 
 
 def test_fingerprint_follows_the_content(model_file):

@@ -1,0 +1,72 @@
+"""ResidentPatcher is a good citizen: what it loads, patches and unloads equals what the host does by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ark.bootstrap import host_overlay, host_requirements
+
+PACK = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.host
+
+
+@pytest.fixture(scope="module")
+def found(comfyui, tmp_path_factory) -> dict:
+    """What one host saw."""
+    parent = tmp_path_factory.mktemp("pack")
+    out = tmp_path_factory.mktemp("out") / "found.json"
+    (parent / "ark").symlink_to(PACK, target_is_directory=True)
+    overlay = host_overlay(Path(sys.prefix), host_requirements(comfyui)[1])
+    script = Path(__file__).with_name("residency_run.py")
+    ran = subprocess.run(
+        [sys.executable, *map(str, (script, comfyui, parent, out))],
+        cwd=comfyui, env={**os.environ, "PYTHONPATH": str(overlay)}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+def test_loading_sends_every_weight_and_changes_no_result(found):
+    assert found["home_at_first"][0] == found["home_at_first"][1] > 30
+    assert found["home_when_loaded"][0] == 0
+    assert found["same"]
+    assert found["outside_inference_mode"][0] == 0
+
+
+def test_lora_equals_the_hosts_and_leaves_nothing(found):
+    assert found["lora_matters"]
+    assert found["lora_same"] and found["lora_strength_same"] and found["lora_gone"]
+    assert found["backup_is_home"]
+
+
+def test_unloading_returns_to_the_file_and_reloading_is_exact(found):
+    assert found["home_when_unloaded"][0] == found["home_when_unloaded"][1]
+    assert found["after_reload"]
+    assert found["home_at_last"][0] == found["home_at_last"][1]
+    assert found["file_unchanged"]
+
+
+def test_partial_unload_frees_what_it_says(found):
+    freed, size = found["freed"]
+    assert size // 3 <= freed < size
+    assert found["after_partial_unload"]
+
+
+def test_the_host_can_build_each_part_anew(found):
+    assert found["anew"] == [True, True]
+    assert found["clip_anew"] == found["vae_anew"] == "ResidentPatcher"
+
+
+def test_merging_a_model_with_itself_changes_nothing(found):
+    assert found["merged_with_itself"] < 2e-2  # bf16 weights, rounded once more
+
+
+@pytest.mark.parametrize("part", ["clip", "vae"])
+def test_other_parts_are_resident_too(found, part):
+    assert found[part][0] == "ResidentPatcher"

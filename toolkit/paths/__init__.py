@@ -1,0 +1,38 @@
+"""The ways by which a file's bytes reach a device, behind one signature; each says why it cannot serve, if so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..header import ModelFile
+from ..layout import Layout
+from . import mmap_pin, stream
+
+
+@dataclass(frozen=True)
+class TransferPath:
+    """One way.
+
+    Attributes:
+        name: what the report calls it.
+        unavailable: why it cannot bring this file to this device, or None.
+        copy: fills a flat buffer [layout.nbytes] uint8 on the device and returns when it is filled; calls `advance`
+            with the bytes of each piece, from any thread. Raises TransferFailed (another path may serve) or
+            ModelFileError (none can).
+    """
+
+    name: str
+    unavailable: Callable[[ModelFile, torch.device], str | None]
+    copy: Callable[[ModelFile, Layout, torch.Tensor, Callable[[int], None]], None]
+
+
+PATHS = {
+    path.name: path
+    for path in (
+        TransferPath("mmap_pin", mmap_pin.unavailable, mmap_pin.copy),
+        TransferPath("stream", stream.unavailable, stream.copy),
+    )
+}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import io
 import json
 import platform
@@ -23,8 +22,7 @@ from PIL import Image, ImageDraw
 from ark import bootstrap
 from ark.assets import scenes
 from ark.benchmarks.classifier import CATEGORIES, judge
-
-HERE = Path(__file__).resolve().parent
+from ark.benchmarks.record import RESULTS, row, write_record
 
 
 def contact_sheet(pictures: list[np.ndarray], captions: list[str], columns: int = 6) -> Image.Image:
@@ -83,22 +81,20 @@ def main() -> None:
     rows = []
     for category in CATEGORIES:
         judged = [verdict[category] for verdict in verdicts if category in verdict]
-        rows.append({"case": category, "ark": round(sum(judged) / len(judged), 4), "unit": "share", "peers": {}, "floor": None, "n": len(judged), "note": ""})  # fmt: skip
-        print(f"{category:12} {rows[-1]['ark']:7.1%}  of {len(judged)}")
-    everything = sum(all(verdict.values()) for verdict in verdicts) / len(verdicts)
-    rows.append({"case": "all", "ark": round(everything, 4), "unit": "share", "peers": {}, "floor": None, "n": len(verdicts), "note": "every category right"})  # fmt: skip
-    print(f"{'all':12} {everything:7.1%}  of {len(verdicts)}")
-    device = stats["devices"][0]["name"]
-    record = {
-        "name": "tiny_quality",
-        "date": datetime.date.today().isoformat(),
-        "gpu": device,
-        "versions": {"python": platform.python_version(), "torch": version("torch"), "comfyui": stats["system"]["comfyui_version"]},
-        "rows": rows,
-    }  # fmt: skip
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "tiny_quality.json").write_text(json.dumps(record, indent=1) + "\n")
-    sheet = HERE / "results" / "tiny_quality.png"
+        rows.append(row(category, sum(judged) / len(judged), "share", len(judged)))
+    whole = [all(verdict.values()) for verdict in verdicts]
+    rows.append(
+        row("all", sum(whole) / len(whole), "share", len(whole), note="every category right")
+    )
+    for item in rows:
+        print(f"{item['case']:12} {item['ark']:7.1%}  of {item['n']}")
+    versions = {
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "comfyui": stats["system"]["comfyui_version"],
+    }
+    write_record("tiny_quality", stats["devices"][0]["name"], versions, rows)
+    sheet = RESULTS / "tiny_quality.png"
     contact_sheet(pictures[:24], [caption for _, caption in asked[:24]]).save(sheet, optimize=True)
     print(f"contact sheet: {sheet}")
 

@@ -110,7 +110,7 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
         if full_load and device_to is not None and device_to.type in self.fast_devices:
             try:
                 self.masters.send(self.model, device_to, set(self.patches))
-            except TransferFailed as error:
+            except (TransferFailed, RuntimeError) as error:  # RuntimeError: CUDA's, out of memory too
                 log.warning("Ark igniter: ComfyUI copies the weights itself (%s).", error)
         return super().load(
             device_to,

@@ -1,6 +1,9 @@
 """Layout and transfer: the bytes on the device are the bytes of the file, by every path that runs here."""
 
+import json
 import os
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +14,10 @@ from safetensors.torch import save_file
 from ark.toolkit.errors import ModelFileError, TransferFailed
 from ark.toolkit.header import TensorEntry, read_header
 from ark.toolkit.layout import ALIGNMENT, KEEP, plan_layout
-from ark.toolkit.paths import PATHS, stream
-from ark.toolkit.transfer import transfer
+from ark.toolkit.paths import PATHS, mmap_pin, stream
+from ark.toolkit.rates import known_rates, remember_rate
+from ark.toolkit.storage import Storage, probe_storage
+from ark.toolkit.transfer import ranked_paths, transfer
 
 CPU = torch.device("cpu")
 DEVICES = [pytest.param(CPU, id="cpu"), pytest.param(torch.device("cuda"), id="cuda", marks=pytest.mark.gpu)]  # fmt: skip
@@ -58,13 +63,14 @@ def test_every_tensor_arrives_bit_for_bit(file, device, monkeypatch):
 @pytest.mark.parametrize("device", DEVICES)
 def test_each_path_by_itself_or_its_reason(file, name, device):
     model, tensors = file
-    if reason := PATHS[name].unavailable(model, device):
+    storage = probe_storage(model)
+    if reason := PATHS[name].unavailable(model, device, storage):
         assert len(reason) > 10
         return
     layout = plan_layout({key: model.entries[key] for key in ("half", "fp8")})
     for _ in range(2):  # the second time from what the first one left pinned
         flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
-        PATHS[name].copy(model, layout, flat, lambda nbytes: None)
+        PATHS[name].copy(model, layout, flat, storage, lambda nbytes: None)
         for key, view in layout.views(flat).items():
             assert same(view, tensors[key])
 
@@ -75,7 +81,7 @@ def test_a_failed_path_is_named_in_the_report(file, monkeypatch):
     def fail(*_):
         raise TransferFailed("the moon is full")
 
-    broken = PATHS["stream"].__class__("broken", lambda *_: None, fail)
+    broken = replace(PATHS["stream"], name="broken", expected=1.0, copy=fail)
     monkeypatch.setattr("ark.toolkit.transfer.PATHS", {"broken": broken, **PATHS})
     _, report = transfer(model, plan_layout(model.entries), CPU)
     assert report.path == "stream" and "broken: the moon is full" in report.why
@@ -98,13 +104,102 @@ def test_file_that_changes_is_never_mixed(file, monkeypatch, moment: str, size: 
         change()
     if moment == "after":
         copy = PATHS["stream"].copy
-        path = PATHS["stream"].__class__(
-            "stream", stream.unavailable, lambda *a: (copy(*a), change())
-        )
+        path = replace(PATHS["stream"], copy=lambda *a: (copy(*a), change()))
         monkeypatch.setattr("ark.toolkit.transfer.PATHS", {"stream": path})
     advance = change if moment == "while" else lambda nbytes: None
     with pytest.raises(ModelFileError, match="model.safetensors (was changed|ended at byte)"):
         transfer(model, plan_layout(model.entries), CPU, advance)
+
+
+WARM, COLD, NETWORK = (
+    Storage("ext4", "8:1", False, 1.0),
+    Storage("ext4", "8:1", False, 0.1),
+    Storage("nfs4", "0:50", True, None),
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ARK_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def test_paths_are_ranked_by_what_was_measured(tmp_path):
+    def order(storage):
+        return [path.name for path, _ in ranked_paths(CPU, storage, 50e9)]
+
+    assert order(WARM) == ["mmap_pin", "stream"]
+    remember_rate(
+        CPU, WARM, "mmap_pin", 10**9, 0.1
+    )  # 10 GB/s where 37 were promised: pinning is slow here
+    assert order(WARM) == ["stream", "mmap_pin"]
+    assert order(COLD) == ["mmap_pin", "stream"]  # another state of the file, another memory
+    remember_rate(CPU, WARM, "stream", 10**9, 0.2)  # worse still
+    assert order(WARM) == ["mmap_pin", "stream"]
+    assert "10.0 GB/s when last measured here" in ranked_paths(CPU, WARM, None)[0][1]
+    remember_rate(CPU, WARM, "stream", 1000, 1e-9)  # too small to say anything
+    assert known_rates(CPU, WARM)["stream"] == 5e9
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", '{"cpu from 8:1 warm": 4}', '{"cpu from 8:1 warm": {"stream": "x"}}'],
+)
+def test_a_damaged_memory_is_forgotten(tmp_path, text: str):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "transfer_rates.json").write_text(text)
+    assert known_rates(CPU, WARM) == {}
+    remember_rate(CPU, WARM, "stream", 10**9, 1.0)
+    assert known_rates(CPU, WARM) == {"stream": 1e9}
+    assert json.loads((tmp_path / "cache" / "transfer_rates.json").read_text())
+
+
+def test_a_memory_that_cannot_be_written_costs_nothing(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ARK_CACHE_DIR", str(tmp_path / "file"))
+    remember_rate(CPU, WARM, "stream", 10**9, 1.0)
+    assert known_rates(CPU, WARM) == {}
+
+
+@pytest.mark.parametrize(
+    ("storage", "reason"), [(NETWORK, "network drive .nfs4."), (COLD, "only 10%")]
+)
+def test_mapping_is_passed_over_where_it_is_slow(file, storage, reason, monkeypatch):
+    model, _ = file
+    monkeypatch.setattr(torch.version, "cuda", "13.0")  # the decision is the same on a CPU build
+    assert re.search(reason, mmap_pin.unavailable(model, torch.device("cuda"), storage))
+
+
+def test_what_may_be_pinned_is_limited(monkeypatch):
+    assert mmap_pin.pin_limit() > 1 << 30
+    monkeypatch.setenv("ARK_PIN_LIMIT_GB", "1.5")
+    assert mmap_pin.pin_limit() == 1_500_000_000
+    monkeypatch.setenv("ARK_PIN_LIMIT_GB", "much")
+    assert mmap_pin.pin_limit() > 1 << 30
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_cold_file_past_the_page_cache(file, device, monkeypatch):
+    model, tensors = file
+    monkeypatch.setattr(stream, "CHUNK", 40960)
+    monkeypatch.setattr(stream, "_ring", [])
+    monkeypatch.setattr(stream, "available_memory", lambda: model.size)
+    assert stream.past_the_cache(model, COLD)
+    assert not stream.past_the_cache(model, WARM) and not stream.past_the_cache(model, NETWORK)
+    layout = plan_layout(model.entries)
+    flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
+    stream.copy(model, layout, flat, COLD, lambda nbytes: None)
+    assert all(same(view, tensors[name]) for name, view in layout.views(flat).items())
+    monkeypatch.setattr(stream, "available_memory", lambda: 10 * model.size)
+    assert not stream.past_the_cache(model, COLD)
+    stream.copy(model, layout, flat.zero_(), COLD, lambda nbytes: None)  # read ahead by the kernel
+    assert all(same(view, tensors[name]) for name, view in layout.views(flat).items())
+
+
+def test_storage_of_a_file_just_written(file):
+    model, _ = file
+    storage = probe_storage(model)
+    assert storage.warm and not storage.network
+    assert storage.device.count(":") == 1
 
 
 lengths = st.lists(st.integers(0, 700), min_size=1, max_size=30)

@@ -9,6 +9,7 @@ import torch
 
 from ..header import ModelFile
 from ..layout import Layout
+from ..storage import Storage
 from . import mmap_pin, stream
 
 
@@ -18,6 +19,7 @@ class TransferPath:
 
     Attributes:
         name: what the report calls it.
+        expected: share of the link's rate that it reaches where it serves well; decides until it was measured.
         unavailable: why it cannot bring this file to this device, or None.
         copy: fills a flat buffer [layout.nbytes] uint8 on the device and returns when it is filled; calls `advance`
             with the bytes of each piece, from any thread. Raises TransferFailed (another path may serve) or
@@ -25,14 +27,15 @@ class TransferPath:
     """
 
     name: str
-    unavailable: Callable[[ModelFile, torch.device], str | None]
-    copy: Callable[[ModelFile, Layout, torch.Tensor, Callable[[int], None]], None]
+    expected: float
+    unavailable: Callable[[ModelFile, torch.device, Storage], str | None]
+    copy: Callable[[ModelFile, Layout, torch.Tensor, Storage, Callable[[int], None]], None]
 
 
 PATHS = {
     path.name: path
     for path in (
-        TransferPath("mmap_pin", mmap_pin.unavailable, mmap_pin.copy),
-        TransferPath("stream", stream.unavailable, stream.copy),
+        TransferPath("mmap_pin", 0.75, mmap_pin.unavailable, mmap_pin.copy),
+        TransferPath("stream", 0.6, stream.unavailable, stream.copy),
     )
 }

@@ -20,6 +20,7 @@ import torch
 from ..errors import TransferFailed
 from ..header import ModelFile
 from ..layout import Layout
+from ..storage import Storage
 
 WINDOW = 256 << 20  # bytes
 READ_ONLY = 8  # cudaHostRegisterReadOnly
@@ -85,19 +86,27 @@ def pin_limit() -> int:
     return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * SHARE)
 
 
-def unavailable(file: ModelFile, device: torch.device) -> str | None:
+def unavailable(file: ModelFile, device: torch.device, storage: Storage) -> str | None:
     """Why this path cannot serve, or None."""
     if device.type != "cuda" or torch.version.cuda is None:
         return f"pins for NVIDIA GPUs only, this is {device.type}"
     if not sys.platform.startswith("linux"):
         return f"{sys.platform} cannot pin a mapped file"
+    if storage.network:
+        return f"the file lies on a network drive ({storage.filesystem}), where mapping is slow"
+    if not storage.warm:
+        return f"only {storage.cached:.0%} of the file is in memory, and reading is faster than mapping"
     if file.size > pin_limit():
         return f"{file.size / 1e9:.1f} GB are more than the {pin_limit() / 1e9:.1f} GB that may be pinned (ARK_PIN_LIMIT_GB)"
     return None
 
 
 def copy(
-    file: ModelFile, layout: Layout, target: torch.Tensor, advance: Callable[[int], None]
+    file: ModelFile,
+    layout: Layout,
+    target: torch.Tensor,
+    storage: Storage,
+    advance: Callable[[int], None],
 ) -> None:
     """Fill a flat buffer; see `TransferPath.copy`."""
     with _lock:  # one load at a time has the link, and the table of mappings

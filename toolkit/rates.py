@@ -1,0 +1,74 @@
+"""How fast each path was on this machine: measured as it is used, remembered for the next time."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from .embedded import cache_folder
+from .storage import Storage
+
+WORTH_RECORDING = 256 << 20  # bytes; smaller transfers say little
+PROBE = 32 << 20  # bytes of one copy that measures the link
+
+
+@functools.lru_cache
+def link_rate(device: torch.device) -> float | None:
+    """Rate of copies from pinned memory to a device in bytes/s, measured once a process; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    source = torch.empty(PROBE, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(PROBE, dtype=torch.uint8, device=device)
+    target.copy_(source)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(4):
+        target.copy_(source, non_blocking=True)
+    end.record()
+    end.synchronize()
+    return 4 * PROBE / (start.elapsed_time(end) * 1e-3)
+
+
+def _book() -> Path:
+    return cache_folder() / "transfer_rates.json"
+
+
+def _key(device: torch.device, storage: Storage) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name} from {storage.device} {'warm' if storage.warm else 'cold'}"
+
+
+def known_rates(device: torch.device, storage: Storage) -> dict[str, float]:
+    """Rates in bytes/s by path, as remembered for this device and storage."""
+    try:
+        rates = json.loads(_book().read_text(encoding="utf-8"))[_key(device, storage)]
+        return {name: float(rate) for name, rate in rates.items() if float(rate) > 0}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or not ours
+        return {}
+
+
+def remember_rate(
+    device: torch.device, storage: Storage, path: str, nbytes: int, seconds: float
+) -> None:
+    """Write a path's rate down; a folder that cannot be written costs only the memory."""
+    if nbytes < WORTH_RECORDING or seconds <= 0:
+        return
+    try:
+        book = dict(json.loads(_book().read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        book = {}
+    known = known_rates(device, storage)
+    book[_key(device, storage)] = {**known, path: round(nbytes / seconds)}
+    draft = _book().with_suffix(f".{os.getpid()}")
+    try:
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(book, indent=1), encoding="utf-8")
+        os.replace(draft, _book())
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink()

@@ -84,9 +84,9 @@ class ArkFastLoader(io.ComfyNode):
             "text_encoder": _find("text_encoder", text_encoder),
             "vae": _find("vae", vae),
         }
-        model, model_dims = load_transformer(paths["diffusion_model"])
+        clip, clip_dims = load_text_encoder(paths["text_encoder"])  # first: it is needed first
         progress.update(1)
-        clip, clip_dims = load_text_encoder(paths["text_encoder"])
+        model, model_dims = load_transformer(paths["diffusion_model"])
         check_match(model_dims, clip_dims, text_encoder)
         progress.update(1)
         decoder, _ = load_vae(paths["vae"])

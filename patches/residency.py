@@ -14,6 +14,7 @@ from typing import Any
 import comfy.model_patcher
 import torch
 
+from ..toolkit.ahead import send_ahead, take_ahead
 from ..toolkit.errors import TransferFailed
 from ..toolkit.header import ModelFile, TensorEntry
 from ..toolkit.igniter import OpenedModel
@@ -34,6 +35,7 @@ class Masters:
     """
 
     def __init__(self, module: torch.nn.Module, opened: OpenedModel):
+        self.opened = opened
         self.homes: dict[str, torch.Tensor] = {}
         self.origins: dict[str, tuple[ModelFile, TensorEntry]] = {}
         for key, tensor in _weights(module).items():
@@ -63,12 +65,16 @@ class Masters:
             TransferFailed: no path serves; weights that were not sent are still at home.
             ModelFileError: a file has changed.
         """
+        ahead = take_ahead(self.opened, device)
         groups: dict[tuple, dict[str, TensorEntry]] = collections.defaultdict(dict)
-        files = {}
         for key in self.at_home(module):
             file, entry = self.origins[key]
-            files[file.identity] = file
-            groups[file.identity, key in apart][key] = entry
+            sent = ahead.get(file.identity, {}).get(entry.start)
+            if sent is not None and (sent.shape, sent.dtype) == (entry.shape, entry.dtype):
+                _set(module, key, sent)
+            else:
+                groups[file.identity, key in apart][key] = entry
+        files = {file.identity: file for file, _ in self.opened.parts}
         for (identity, _), entries in groups.items():
             layout = plan_layout(entries)
             with torch.inference_mode(False):  # weights outlive the prompt
@@ -98,6 +104,16 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
         patcher.model.ark_masters = Masters(patcher.model, opened)
         return made
 
+    @classmethod
+    def send_ahead(
+        cls, opened: OpenedModel, state_dict: dict[str, torch.Tensor], device: torch.device
+    ) -> None:
+        """Let the weights leave for a fast device while their module is still to be built."""
+        if device.type in cls.fast_devices and (
+            reason := send_ahead(opened, state_dict.values(), device)
+        ):
+            log.info("Ark igniter: the weights are sent when they are needed (%s).", reason)
+
     @property
     def masters(self) -> Masters:
         """Of the model."""
@@ -110,7 +126,10 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
         if full_load and device_to is not None and device_to.type in self.fast_devices:
             try:
                 self.masters.send(self.model, device_to, set(self.patches))
-            except (TransferFailed, RuntimeError) as error:  # RuntimeError: CUDA's, out of memory too
+            except (
+                TransferFailed,
+                RuntimeError,
+            ) as error:  # RuntimeError: CUDA's, out of memory too
                 log.warning("Ark igniter: ComfyUI copies the weights itself (%s).", error)
         return super().load(
             device_to,

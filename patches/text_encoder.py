@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import comfy.sd
 import comfy.text_encoders.flux
 import comfy.text_encoders.llama
@@ -47,9 +48,11 @@ def load_text_encoder(path: str | Path) -> tuple[Any, TextEncoderDims]:
     state_dict = strip_prefix(state_dict, CHECKPOINT_PREFIX, "model.embed_tokens.weight")
     dims = TextEncoderDims.of(state_dict, name)
     state_dict, quantisation = read_quantisation(state_dict, opened.metadata, name)
-    if quantisation is None:
+    wanted = needed_tensors(state_dict)
+    if quantisation is None:  # the host wraps quantised weights, and moves them itself
         weight_dtype(state_dict, name)  # refuses what Klein does not run from
-    state_dict = needed_tensors(state_dict)
+        device = comfy.model_management.text_encoder_device()
+        ResidentPatcher.send_ahead(opened, wanted, device)
 
     class Target:
         params = {}  # noqa: RUF012 (the host's shape)
@@ -58,7 +61,7 @@ def load_text_encoder(path: str | Path) -> tuple[Any, TextEncoderDims]:
 
     options = {
         "initial_device": torch.device("meta"),
-        "dtype": state_dict["model.layers.0.input_layernorm.weight"].dtype,  # never quantised
+        "dtype": wanted["model.layers.0.input_layernorm.weight"].dtype,  # never quantised
         f"{ENCODER}_model_config": {
             "vocab_size": dims.vocab_size,
             "hidden_size": dims.hidden_size,
@@ -77,7 +80,7 @@ def load_text_encoder(path: str | Path) -> tuple[Any, TextEncoderDims]:
     )
     transformer = getattr(clip.cond_stage_model, ENCODER).transformer
     transformer.model.norm = None  # the last tap is read before any norm
-    assign(transformer, state_dict, name)
+    assign(transformer, wanted, name)
     clip.patcher = ResidentPatcher.of(clip.patcher, opened)
     remember_origin(clip.patcher, lambda file: load_text_encoder(file)[0].patcher, path)
     return clip, dims

@@ -46,11 +46,13 @@ def load_transformer(path: str | Path) -> tuple[Any, TransformerDims]:
     )
     dims = TransformerDims.of(state_dict, name)
     state_dict, quantisation = read_quantisation(state_dict, opened.metadata, name)
+    load_device = comfy.model_management.get_torch_device()
+    if quantisation is None:  # the host wraps quantised weights, and moves them itself
+        ResidentPatcher.send_ahead(opened, state_dict, load_device)
 
     config = comfy.model_detection.detect_unet_config(state_dict, "")
     config["num_heads"] = dims.num_heads  # 0.3.75 assumes FLUX.2-dev's 48
     model_config = comfy.model_detection.model_config_from_unet_config(config, state_dict)
-    load_device = comfy.model_management.get_torch_device()
     _set_dtype(model_config, state_dict, quantisation, load_device, name)
     model = model_config.get_model(state_dict, "", device=torch.device("meta"))
     model.device = None  # not meta: the host would keep activations there

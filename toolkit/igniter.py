@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,11 +37,13 @@ class OpenedModel:
         tensors: by name, in the files' own dtypes.
         metadata: of the file (of shards: of the first one).
         parts: each file with its bytes as one tensor [size] uint8, of which the tensors are views.
+        ahead: what is on its way to a device already, see `ahead.py`.
     """
 
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str]
     parts: tuple[tuple[ModelFile, torch.Tensor], ...]
+    ahead: dict[tuple, Any] = field(default_factory=dict)
 
     def origin_of(self, tensor: torch.Tensor) -> tuple[ModelFile, TensorEntry] | None:
         """The bytes of a file that a tensor is a view of, None if it was computed since."""

@@ -66,8 +66,10 @@ with torch.inference_mode():
     ResidentPatcher.fast_devices = ("cuda", "cpu")
     model, _ = load_transformer(KLEIN)
     found["home_at_first"] = home(model)
+    found["sent_ahead"] = len(model.masters.opened.ahead)
     found["same"] = torch.equal(sample(model), expected)
     found["home_when_loaded"] = home(model)
+    found["left_ahead"] = len(model.masters.opened.ahead)
     lora = with_lora(model, 1.0)
     found["lora_same"] = torch.equal(sample(lora), expected_lora[1.0])
     found["backup_is_home"] = (

@@ -39,6 +39,10 @@ def test_loading_sends_every_weight_and_changes_no_result(found):
     assert found["outside_inference_mode"][0] == 0
 
 
+def test_weights_leave_before_they_are_asked_for(found):
+    assert found["sent_ahead"] == 1 and found["left_ahead"] == 0
+
+
 def test_lora_equals_the_hosts_and_leaves_nothing(found):
     assert found["lora_matters"]
     assert found["lora_same"] and found["lora_strength_same"] and found["lora_gone"]

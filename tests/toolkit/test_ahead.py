@@ -1,0 +1,84 @@
+"""What is sent ahead arrives once, whole, in order, or not at all."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ark.toolkit import ahead
+from ark.toolkit.ahead import send_ahead, take_ahead
+from ark.toolkit.errors import ModelFileError, TransferFailed
+from ark.toolkit.igniter import open_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ARK_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def opened(tmp_path):
+    save_file({f"w{i}": torch.randn(10, i + 1) for i in range(4)}, tmp_path / "model.safetensors")
+    return open_model(tmp_path / "model.safetensors")
+
+
+def test_wanted_tensors_arrive_once(opened):
+    wanted = [opened.tensors["w1"], opened.tensors["w3"], torch.zeros(3)]  # the last is of no file
+    assert send_ahead(opened, wanted, CPU) is None
+    (arrived,) = take_ahead(opened, CPU).values()
+    entries = opened.parts[0][0].entries
+    assert arrived.keys() == {entries["w1"].start, entries["w3"].start}
+    for name in ("w1", "w3"):
+        assert torch.equal(arrived[entries[name].start], opened.tensors[name])
+    assert take_ahead(opened, CPU) == {}
+
+
+def test_models_travel_in_the_order_of_opening(opened, monkeypatch):
+    order = []
+    real = ahead.transfer
+    monkeypatch.setattr(
+        ahead, "transfer", lambda *a: (order.append(len(a[1].entries)), real(*a))[1]
+    )
+    for count in (3, 1, 2):
+        opened.ahead.clear()
+        send_ahead(opened, list(opened.tensors.values())[:count], CPU)
+    take_ahead(opened, CPU)
+    assert order == [3, 1, 2]
+
+
+def test_what_nobody_takes_is_given_up(opened, monkeypatch):
+    monkeypatch.setattr(ahead, "PATIENCE", 0.05)
+    send_ahead(opened, opened.tensors.values(), CPU)
+    for _ in range(100):
+        if not opened.ahead:
+            break
+        ahead.threading.Event().wait(0.05)
+    assert not opened.ahead
+
+
+def test_a_changed_file_is_an_error(opened):
+    file, _ = opened.parts[0]
+    os.truncate(file.path, file.size // 2)
+    send_ahead(opened, opened.tensors.values(), CPU)
+    with pytest.raises(ModelFileError, match="was changed"):
+        take_ahead(opened, CPU)
+
+
+def test_a_failed_transfer_is_said_and_left_to_the_caller(opened, monkeypatch, caplog):
+    def fail(*_):
+        raise TransferFailed("no path today")
+
+    monkeypatch.setattr(ahead, "transfer", fail)
+    send_ahead(opened, opened.tensors.values(), CPU)
+    assert take_ahead(opened, CPU) == {}
+    assert "no path today" in caplog.text
+
+
+def test_no_room_no_sending(opened, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 8 << 30))
+    reason = send_ahead(opened, opened.tensors.values(), torch.device("cuda"))
+    assert "1.1 GB that are free" in reason
+    assert not opened.ahead

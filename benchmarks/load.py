@@ -22,47 +22,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from ark.benchmarks.models import text_encoder_shapes, transformer_shapes, write_random
 from ark.benchmarks.record import bar_chart, row, write_record
 from ark.toolkit.header import read_header
 from ark.toolkit.layout import plan_layout
 from ark.toolkit.rates import link_rate
 from ark.toolkit.transfer import transfer
-
-
-def klein_shapes(hidden: int, double: int, single: int, context: int) -> dict[str, tuple[int, ...]]:
-    """The transformer's tensors in the published file's names."""
-    h, shapes = hidden, {"img_in": (hidden, 128), "txt_in": (hidden, context)}
-    shapes |= {"time_in.in_layer": (h, 256), "time_in.out_layer": (h, h)}
-    for block, stream in itertools.product(range(double), ("img", "txt")):
-        at = f"double_blocks.{block}.{stream}_"
-        shapes |= {f"{at}attn.qkv": (3 * h, h), f"{at}attn.proj": (h, h), f"{at}mlp.0": (6 * h, h), f"{at}mlp.2": (h, 3 * h)}  # fmt: skip
-    for block in range(single):
-        shapes |= {f"single_blocks.{block}.linear1": (9 * h, h), f"single_blocks.{block}.linear2": (h, 4 * h)}  # fmt: skip
-    for name in ("double_stream_modulation_img", "double_stream_modulation_txt"):
-        shapes[f"{name}.lin"] = (6 * h, h)
-    shapes |= {"single_stream_modulation.lin": (3 * h, h), "final_layer.linear": (128, h), "final_layer.adaLN_modulation.1": (2 * h, h)}  # fmt: skip
-    return {f"{name}.weight": shape for name, shape in shapes.items()}
-
-
-def qwen3_shapes(hidden: int, mlp: int, layers: int, heads: int, kv: int, vocab: int) -> dict[str, tuple[int, ...]]:  # fmt: skip
-    """The text encoder's tensors in the published file's names."""
-    shapes = {"model.embed_tokens.weight": (vocab, hidden)}
-    for layer in range(layers):
-        parts = {"mlp.gate_proj": (mlp, hidden), "mlp.up_proj": (mlp, hidden), "mlp.down_proj": (hidden, mlp)}  # fmt: skip
-        parts |= {"self_attn.q_proj": (128 * heads, hidden), "self_attn.k_proj": (128 * kv, hidden)}
-        parts |= {"self_attn.v_proj": (128 * kv, hidden), "self_attn.o_proj": (hidden, 128 * heads)}
-        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in parts.items()}
-    return shapes
-
-
-def write_random(path: Path, shapes: dict[str, tuple[int, ...]], device: torch.device) -> Path:
-    """Random bf16 weights, on the disk and no longer dirty."""
-    save_file({k: torch.randn(s, device=device, dtype=torch.bfloat16).cpu() for k, s in shapes.items()}, path)  # fmt: skip
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return path
 
 
 def drop_from_cache(path: Path) -> None:
@@ -167,12 +134,10 @@ def main() -> None:
     if device.type == "cpu" and not args.tiny:
         parser.error("this needs a GPU; --tiny tests the script itself")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        if args.tiny:
-            transformer = write_random(Path(folder, "t.safetensors"), klein_shapes(256, 1, 2, 192), device)  # fmt: skip
-            text = write_random(Path(folder, "q.safetensors"), qwen3_shapes(64, 128, 28, 1, 1, 1000), device)  # fmt: skip
-        else:
-            transformer = write_random(Path(folder, "t.safetensors"), klein_shapes(3072, 5, 20, 7680), device)  # fmt: skip
-            text = write_random(Path(folder, "q.safetensors"), qwen3_shapes(2560, 9728, 27, 32, 8, 151936), device)  # fmt: skip
+        small = dict(hidden=256, double=1, single=2, context=192) if args.tiny else {}
+        transformer = write_random(Path(folder, "t.safetensors"), transformer_shapes(**small))
+        small = dict(hidden=64, mlp=64, heads=1, kv=1, vocab=999) if args.tiny else {}
+        text = write_random(Path(folder, "q.safetensors"), text_encoder_shapes(**small, layers=27))
         check(transformer, device)
         rows = measure(transformer, text, device, args)
     for item in rows:

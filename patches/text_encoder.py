@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -77,6 +78,7 @@ def load_text_encoder(path: str | Path) -> tuple[Any, TextEncoderDims]:
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         tokenizer_data={f"{ENCODER}_min_length": 512},
         model_options=options,
+        **_plain_patcher(),
     )
     transformer = getattr(clip.cond_stage_model, ENCODER).transformer
     transformer.model.norm = None  # the last tap is read before any norm
@@ -84,6 +86,12 @@ def load_text_encoder(path: str | Path) -> tuple[Any, TextEncoderDims]:
     clip.patcher = ResidentPatcher.of(clip.patcher, opened)
     remember_origin(clip.patcher, lambda file: load_text_encoder(file)[0].patcher, path)
     return clip, dims
+
+
+def _plain_patcher() -> dict[str, bool]:
+    """What keeps newer hosts from building a patcher with dynamic VRAM, which is replaced at once."""
+    known = inspect.signature(comfy.sd.CLIP.__init__).parameters
+    return {"disable_dynamic": True} if "disable_dynamic" in known else {}
 
 
 def needed_tensors(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,152 @@
+"""From Queue to the first image: `python benchmarks/first_image.py --comfyui DIR [--folder DIR] [--repeat 3]`.
+
+A fresh server process for every trial, nothing loaded, the files warm, 1024x1024, 4 steps, real HTTP and websockets. The
+graphs differ in the loader only: ArkFastLoader against the host's own three, each in both of the host's memory modes
+(dynamic VRAM, its default, and static). After the first image the models are unloaded (`POST /free`) and a new prompt is
+queued: the time beyond that of a prompt with everything loaded is the reload. Random weights of the true shapes; needs a
+GPU, a ComfyUI of 0.33 or later and 17 GB of disk. `--tiny` runs Ark's part with the embedded model, on a CPU too, to test
+the benchmark itself (then nothing is recorded).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+import urllib.request
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from ark import bootstrap
+from ark.benchmarks.models import (
+    text_encoder_shapes,
+    transformer_shapes,
+    vae_shapes,
+    write_random,
+)
+from ark.benchmarks.record import bar_chart, row, write_record
+
+STATIC = ["--disable-dynamic-vram"]
+MODES = {
+    "ark_static": STATIC,
+    "comfyui_static": STATIC,
+    "ark_dynamic": [],
+    "comfyui_dynamic": [],
+}
+FILES = {"diffusion_model": "t.safetensors", "text_encoder": "q.safetensors", "vae": "v.safetensors"}  # fmt: skip
+EMBEDDED = {
+    "diffusion_model": "ark_tiny_klein.safetensors",
+    "text_encoder": "ark_tiny_qwen3.safetensors",
+    "vae": "ark_tiny_flux2_vae.safetensors",
+}
+
+
+def node(class_type: str, **inputs: object) -> dict:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def graph(loader: str, files: dict[str, str], size: int, prompt: str, seed: int) -> dict:
+    """Loader, prompt, four stock steps, decode, preview."""
+    if loader == "ark":
+        loaders = {"ark": node("ArkFastLoader", **files)}
+        model, clip, vae = ["ark", 0], ["ark", 1], ["ark", 2]
+    else:
+        loaders = {
+            "unet": node("UNETLoader", unet_name=files["diffusion_model"], weight_dtype="default"),
+            "clip": node("CLIPLoader", clip_name=files["text_encoder"], type="flux2"),
+            "vae": node("VAELoader", vae_name=files["vae"]),
+        }
+        model, clip, vae = ["unet", 0], ["clip", 0], ["vae", 0]
+    return loaders | {
+        "text": node("CLIPTextEncode", clip=clip, text=prompt),
+        "latent": node("EmptyFlux2LatentImage", width=size, height=size, batch_size=1),
+        "noise": node("RandomNoise", noise_seed=seed),
+        "guider": node("BasicGuider", model=model, conditioning=["text", 0]),
+        "sampler": node("KSamplerSelect", sampler_name="euler"),
+        "sigmas": node("Flux2Scheduler", steps=4, width=size, height=size),
+        "sample": node("SamplerCustomAdvanced", noise=["noise", 0], guider=["guider", 0], sampler=["sampler", 0], sigmas=["sigmas", 0], latent_image=["latent", 0]),
+        "decode": node("VAEDecode", samples=["sample", 0], vae=vae),
+        "show": node("PreviewImage", images=["decode", 0]),
+    }  # fmt: skip
+
+
+def trial(loader: str, flags: list[str], args: argparse.Namespace, folder: Path) -> dict[str, float]:  # fmt: skip
+    """One server's life: seconds to the first image, of a prompt with everything loaded, and of one after /free."""
+    kinds = ("diffusion_models", "text_encoders", "vae")
+    folders = {} if args.tiny else {kind: [folder] for kind in kinds}
+    files, size = (EMBEDDED, 256) if args.tiny else (FILES, 1024)
+    with bootstrap.Host.start(args.comfyui, extra_args=flags, model_folders=folders) as host:
+        client = bootstrap.Client(host.url)
+        client.object_info()  # as the canvas does before anybody queues
+
+        def run(number: int) -> float:
+            asked = graph(loader, files, size, f"a picture of number {number}", number)
+            start = time.perf_counter()
+            client.run(asked, timeout=600)
+            return time.perf_counter() - start
+
+        first = run(0)
+        loaded = statistics.median(run(number) for number in (1, 2, 3))
+        request = urllib.request.Request(
+            f"{host.url}/free", json.dumps({"unload_models": True}).encode(), {"Content-Type": "application/json"}
+        )  # fmt: skip
+        urllib.request.urlopen(request, timeout=60).close()
+        time.sleep(1.5)
+        again = run(4)
+        for line in host.log.read_text(errors="replace").splitlines():
+            if "Ark igniter" in line or "Ark loader" in line:
+                print("   ", line)
+    print(f"  first {first:.3f}  loaded {loaded:.3f}  after /free {again:.3f}", flush=True)
+    return {"first": first, "loaded": loaded, "reload": again - loaded}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--comfyui", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, help="where the files are made (default: temporary)")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    if not args.tiny and not torch.cuda.is_available():
+        parser.error("this needs a GPU; --tiny tests the script itself")
+    modes = {"ark_dynamic": []} if args.tiny else MODES
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in modes}
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        if not args.tiny:
+            write_random(Path(folder, FILES["diffusion_model"]), transformer_shapes())
+            write_random(Path(folder, FILES["text_encoder"]), text_encoder_shapes())
+            write_random(Path(folder, FILES["vae"]), vae_shapes(), torch.float32)
+        for turn in range(args.repeat):
+            for name in list(modes)[:: 1 if turn % 2 == 0 else -1]:
+                print(name, flush=True)
+                found[name].append(trial(name.split("_")[0], modes[name], args, Path(folder)))
+
+    def median(name: str, what: str) -> float:
+        return statistics.median(times[what] for times in found[name])
+
+    if args.tiny:
+        print({what: median("ark_dynamic", what) for what in ("first", "loaded", "reload")})
+        return
+    rows = [
+        row(mode, median(f"ark_{mode}", "first"), "s", args.repeat, {f"comfyui_{mode}": median(f"comfyui_{mode}", "first")})
+        for mode in ("static", "dynamic")
+    ]  # fmt: skip
+    peers = {name: median(name, "reload") for name in ("comfyui_static", "comfyui_dynamic")}
+    rows.append(row("reload_after_free", median("ark_dynamic", "reload"), "s", args.repeat, peers))
+    for item in rows:
+        print(item)
+    versions = {"python": platform.python_version(), "torch": version("torch")}
+    known = (args.comfyui / "comfyui_version.py").read_text(encoding="utf-8")
+    versions["comfyui"] = known.split('"')[-2]
+    name = torch.cuda.get_device_name()
+    print(write_record("first_image", name, versions, rows))
+    print(bar_chart("first_image", f"Seconds from Queue to the first image ({name}), shorter is better", rows))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

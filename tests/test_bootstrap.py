@@ -313,6 +313,7 @@ def test_a_host_does_not_outlive_its_parent(tmp_path, number):
     code = (
         "import sys, time, signal, bootstrap; from pathlib import Path\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         f"with bootstrap.Host.start(Path({str(host)!r}), base=Path({str(tmp_path / 'base')!r})) as host:\n"
         "    print(host.process.pid, flush=True); time.sleep(600)\n"
     )

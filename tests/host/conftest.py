@@ -6,13 +6,24 @@ import copy
 import io
 import itertools
 import json
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from ark.bootstrap import WORKFLOW, Client, Host, to_api
+from ark.bootstrap import (
+    ROOT,
+    WORKFLOW,
+    Client,
+    Host,
+    clean_environment,
+    host_overlay,
+    host_requirements,
+    to_api,
+)
 
 
 @dataclass
@@ -63,6 +74,29 @@ def server(comfyui: Path) -> Iterator[Server]:
         client = Client(host.url)
         workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
         yield Server(host, client, workflow, to_api(workflow, client.object_info()))
+
+
+@pytest.fixture(scope="session")
+def run_in_host(tmp_path_factory) -> Callable[..., str]:
+    """Run one of the scripts beside this file as a program of a host, without its server.
+
+    `run_in_host(comfyui, script, *arguments)` calls `script HOST PACK_PARENT *arguments`, where the pack is importable as
+    `ark` from PACK_PARENT, and returns what it printed.
+    """
+    parent = tmp_path_factory.mktemp("pack")
+    (parent / "ark").symlink_to(ROOT, target_is_directory=True)
+
+    def run(comfyui: Path, script: str, *arguments: Path) -> str:
+        overlay = host_overlay(Path(sys.prefix), host_requirements(comfyui)[1])
+        command = [sys.executable, Path(__file__).with_name(script), comfyui, parent, *arguments]
+        environment = clean_environment(PYTHONPATH=str(overlay), HF_HUB_OFFLINE="1")
+        ran = subprocess.run(
+            [str(part) for part in command], cwd=comfyui, env=environment, capture_output=True, text=True, timeout=600
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
+        return ran.stdout
+
+    return run
 
 
 _seeds = itertools.count(1000)

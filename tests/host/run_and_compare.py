@@ -1,6 +1,6 @@
 """Runs Ark's nodes inside a ComfyUI without its server and compares the process's globals before and after.
 
-Started by test_globals.py: `python run_and_compare.py COMFYUI PACK`. Prints what changed and exits 1, or "unchanged".
+Started by test_globals.py: `python run_and_compare.py COMFYUI PACK_PARENT`. Prints what changed and exits 1, or "unchanged".
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import sys
 import types
 from pathlib import Path
 
-HOST, PACK = Path(sys.argv[1]), Path(sys.argv[2])
+HOST, PACK = Path(sys.argv[1]), Path(sys.argv[2], "ark").resolve()
 sys.path[0] = str(HOST)
 
 from comfy.cli_args import args  # noqa: E402

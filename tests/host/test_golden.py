@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ark.bootstrap import host_overlay, host_requirements
-
-PACK = Path(__file__).resolve().parents[2]
 PROMPT = "a small red circle to the left of a large blue star on a white background"
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -70,20 +62,11 @@ def golden_models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def golden(comfyui, golden_models, tmp_path_factory):
+def golden(comfyui, golden_models, run_in_host, tmp_path_factory):
     """What one host computed, Ark's side and its own."""
     folder, *_ = golden_models
-    parent = tmp_path_factory.mktemp("pack")
     out = tmp_path_factory.mktemp("out") / "golden.safetensors"
-    (parent / "ark").symlink_to(PACK, target_is_directory=True)
-    script = Path(__file__).with_name("golden_run.py")
-    overlay = host_overlay(Path(sys.prefix), host_requirements(comfyui)[1])
-    command = [sys.executable, *map(str, (script, comfyui, parent, folder, out))]
-    environment = {**os.environ, "PYTHONPATH": str(overlay)}
-    ran = subprocess.run(
-        command, cwd=comfyui, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert ran.returncode == 0, ran.stderr[-4000:]
+    run_in_host(comfyui, "golden_run.py", folder, out)
     return comfyui, load_file(out)
 
 

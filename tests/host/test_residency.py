@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from ark.bootstrap import host_overlay, host_requirements
-
-PACK = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.host
 
 
 @pytest.fixture(scope="module")
-def found(comfyui, tmp_path_factory) -> dict:
+def found(comfyui, run_in_host, tmp_path_factory) -> dict:
     """What one host saw."""
-    parent = tmp_path_factory.mktemp("pack")
     out = tmp_path_factory.mktemp("out") / "found.json"
-    (parent / "ark").symlink_to(PACK, target_is_directory=True)
-    overlay = host_overlay(Path(sys.prefix), host_requirements(comfyui)[1])
-    script = Path(__file__).with_name("residency_run.py")
-    ran = subprocess.run(
-        [sys.executable, *map(str, (script, comfyui, parent, out))],
-        cwd=comfyui, env={**os.environ, "PYTHONPATH": str(overlay)}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-4000:]
+    run_in_host(comfyui, "residency_run.py", out)
     return json.loads(out.read_text())
 
 

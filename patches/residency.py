@@ -40,7 +40,9 @@ class Masters:
         self.origins: dict[str, tuple[ModelFile, TensorEntry]] = {}
         for key, tensor in _weights(module).items():
             if origin := opened.origin_of(tensor):
-                self.homes[key], self.origins[key] = tensor.data, origin
+                self.homes[key] = tensor.data
+                if origin[0].identity in opened.mapped:
+                    self.origins[key] = origin
         for file, _ in opened.parts:
             weakref.finalize(self, mmap_pin.forget, file.identity).atexit = False
 
@@ -54,7 +56,9 @@ class Masters:
         }
 
     def send(self, module: torch.nn.Module, device: torch.device, apart: set[str]) -> None:
-        """Bring every weight that is at home to the device, one flat buffer a file.
+        """Bring the weights that are at home in a mapped file to the device, one flat buffer a file.
+
+        A file that was read whole is small, and may be another by now: its weights are the host's to copy.
 
         Args:
             module: the one that this was made for.
@@ -67,7 +71,7 @@ class Masters:
         """
         ahead = take_ahead(self.opened, device)
         groups: dict[tuple, dict[str, TensorEntry]] = collections.defaultdict(dict)
-        for key in self.at_home(module):
+        for key in self.at_home(module) & self.origins.keys():
             file, entry = self.origins[key]
             sent = ahead.get(file.identity, {}).get(entry.start)
             if sent is not None and (sent.shape, sent.dtype) == (entry.shape, entry.dtype):

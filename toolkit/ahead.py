@@ -32,7 +32,7 @@ def send_ahead(
 
     Args:
         opened: the model; what arrives waits in its `ahead`.
-        tensors: the ones that will be needed; those that are no views of the model's files are left out.
+        tensors: the ones that will be needed; those that are no views of a mapped file are left out.
         device: where to.
 
     Returns:
@@ -41,7 +41,8 @@ def send_ahead(
     groups: dict[tuple, dict] = {}
     files = {file.identity: file for file, _ in opened.parts}
     for tensor in tensors:
-        if origin := opened.origin_of(tensor):
+        origin = opened.origin_of(tensor)
+        if origin and origin[0].identity in opened.mapped:
             groups.setdefault(origin[0].identity, {})[origin[1].start] = origin[1]
     layouts = {identity: plan_layout(entries) for identity, entries in groups.items()}
     needed = sum(layout.nbytes for layout in layouts.values())

@@ -37,12 +37,14 @@ class OpenedModel:
         tensors: by name, in the files' own dtypes.
         metadata: of the file (of shards: of the first one).
         parts: each file with its bytes as one tensor [size] uint8, of which the tensors are views.
+        mapped: identities of the files that are mapped; the others were read whole and need their file no more.
         ahead: what is on its way to a device already, see `ahead.py`.
     """
 
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str]
     parts: tuple[tuple[ModelFile, torch.Tensor], ...]
+    mapped: frozenset[tuple]
     ahead: dict[tuple, Any] = field(default_factory=dict)
 
     def origin_of(self, tensor: torch.Tensor) -> tuple[ModelFile, TensorEntry] | None:
@@ -56,12 +58,12 @@ class OpenedModel:
         return None
 
 
-def open_model(path: str | Path, in_memory: int = IN_MEMORY) -> OpenedModel:
+def open_model(path: str | Path, in_memory: int | None = None) -> OpenedModel:
     """Open a model.
 
     Args:
         path: a safetensors file; one shard of several stands for all of them. Opened read-only and never written.
-        in_memory: files up to this many bytes are read, larger ones mapped.
+        in_memory: files up to this many bytes are read, larger ones mapped; IN_MEMORY unless given.
 
     Returns:
         Its tensors. Nothing is copied beyond `in_memory`, nothing cast.
@@ -69,6 +71,7 @@ def open_model(path: str | Path, in_memory: int = IN_MEMORY) -> OpenedModel:
     Raises:
         ModelFileError: a file is missing, not safetensors, truncated, or its header does not fit its contents.
     """
+    in_memory = IN_MEMORY if in_memory is None else in_memory
     tensors: dict[str, torch.Tensor] = {}
     files = [read_header(part) for part in model_parts(path)]
     with torch.inference_mode(False):  # the tensors outlive the prompt that opened them
@@ -81,7 +84,8 @@ def open_model(path: str | Path, in_memory: int = IN_MEMORY) -> OpenedModel:
                         "Download it again.",
                     )
                 tensors[name] = _view(flat, entry)
-    return OpenedModel(tensors, files[0].metadata, parts)
+    mapped = frozenset(file.identity for file in files if file.size > in_memory)
+    return OpenedModel(tensors, files[0].metadata, parts, mapped)
 
 
 def model_parts(path: str | Path) -> list[Path]:
@@ -126,7 +130,7 @@ def _indexed_shards(index: Path) -> list[str]:
     return names
 
 
-def bytes_of(file: ModelFile, in_memory: int = IN_MEMORY) -> torch.Tensor:
+def bytes_of(file: ModelFile, in_memory: int) -> torch.Tensor:
     """A file's bytes, [size] uint8, read or mapped; see `open_model`.
 
     Raises:

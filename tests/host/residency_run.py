@@ -24,12 +24,14 @@ from ark.patches.sampling import sample_klein  # noqa: E402
 from ark.patches.text_encoder import load_text_encoder  # noqa: E402
 from ark.patches.transformer import load_transformer  # noqa: E402
 from ark.patches.vae import load_vae  # noqa: E402
+from ark.toolkit import igniter  # noqa: E402
 from ark.toolkit.embedded import ASSETS, embedded_text_encoder  # noqa: E402
 
 KLEIN = ASSETS / "diffusion_models" / "ark_tiny_klein.safetensors"
 VAE = ASSETS / "vae" / "ark_tiny_flux2_vae.safetensors"
 KEY = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
 CPU = torch.device("cpu")
+igniter.IN_MEMORY = 0  # map the small files, too, as large ones are
 found = {}
 
 
@@ -100,6 +102,19 @@ with torch.inference_mode():
         found[name] = [type(patcher).__name__, home(patcher)]
         again = patcher.cached_patcher_init[0](*patcher.cached_patcher_init[1])
         found[f"{name}_anew"] = type(again).__name__
+igniter.IN_MEMORY = 1 << 30
+with (
+    torch.inference_mode()
+):  # a small file, read whole, gone since: the model comes back from memory
+    copy = out.with_name("copy.safetensors")
+    copy.write_bytes(KLEIN.read_bytes())
+    small, _ = load_transformer(copy)
+    found["small_same"] = torch.equal(sample(small), expected)
+    comfy.model_management.unload_all_models()
+    copy.unlink()
+    found["small_same_without_file"] = torch.equal(sample(small), expected)
+    comfy.model_management.unload_all_models()
+igniter.IN_MEMORY = 0
 with_grad = load_transformer(KLEIN)[0]
 comfy.model_management.load_models_gpu([with_grad], force_full_load=True)
 found["outside_inference_mode"] = home(with_grad)

@@ -41,6 +41,10 @@ def test_unloading_returns_to_the_file_and_reloading_is_exact(found):
     assert found["file_unchanged"]
 
 
+def test_a_small_file_is_needed_only_once(found):
+    assert found["small_same"] and found["small_same_without_file"]
+
+
 def test_partial_unload_frees_what_it_says(found):
     freed, size = found["freed"]
     assert size // 3 <= freed < size

@@ -22,7 +22,7 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def opened(tmp_path):
     save_file({f"w{i}": torch.randn(10, i + 1) for i in range(4)}, tmp_path / "model.safetensors")
-    return open_model(tmp_path / "model.safetensors")
+    return open_model(tmp_path / "model.safetensors", in_memory=0)
 
 
 def test_wanted_tensors_arrive_once(opened):
@@ -34,6 +34,12 @@ def test_wanted_tensors_arrive_once(opened):
     for name in ("w1", "w3"):
         assert torch.equal(arrived[entries[name].start], opened.tensors[name])
     assert take_ahead(opened, CPU) == {}
+
+
+def test_a_file_that_was_read_whole_stays(tmp_path, opened):
+    read = open_model(tmp_path / "model.safetensors", in_memory=1 << 30)
+    send_ahead(read, read.tensors.values(), CPU)
+    assert not read.ahead
 
 
 def test_models_travel_in_the_order_of_opening(opened, monkeypatch):

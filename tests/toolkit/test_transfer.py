@@ -169,6 +169,24 @@ def test_mapping_is_passed_over_where_it_is_slow(file, storage, reason, monkeypa
     assert re.search(reason, mmap_pin.unavailable(model, torch.device("cuda"), storage))
 
 
+def test_what_is_forgotten_during_a_load_is_unpinned_after_it(monkeypatch):
+    class Mapping:
+        closed = False
+
+        def close(self):
+            self.closed = True
+
+    first, second = Mapping(), Mapping()
+    monkeypatch.setattr(mmap_pin, "_pinned", {(1,): first, (2,): second})
+    mmap_pin.forget((1,))
+    assert first.closed
+    with mmap_pin._lock:  # as the loading thread holds it when the garbage collector comes by
+        mmap_pin.forget((2,))
+        assert not second.closed
+        mmap_pin._unpin_forgotten()
+    assert second.closed and not mmap_pin._forgotten
+
+
 def test_what_may_be_pinned_is_limited(monkeypatch):
     assert mmap_pin.pin_limit() > 1 << 30
     monkeypatch.setenv("ARK_PIN_LIMIT_GB", "1.5")

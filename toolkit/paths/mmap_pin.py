@@ -12,7 +12,7 @@ import mmap
 import os
 import sys
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 
 import torch
@@ -25,10 +25,9 @@ from ..storage import Storage
 WINDOW = 256 << 20  # bytes
 READ_ONLY = 8  # cudaHostRegisterReadOnly
 SHARE = 0.5  # of the machine's memory that may be pinned, unless ARK_PIN_LIMIT_GB says otherwise
-_pinned: OrderedDict[tuple, PinnedMapping] = (
-    OrderedDict()
-)  # by file identity, least recently used first
-_lock = threading.Lock()
+_pinned: OrderedDict[tuple, PinnedMapping] = OrderedDict()  # by identity, last used at the end
+_lock = threading.Lock()  # one load at a time has the link, and the table of mappings
+_forgotten: deque[tuple] = deque()  # identities to unpin when the lock is free
 
 
 class PinnedMapping:
@@ -109,7 +108,7 @@ def copy(
     advance: Callable[[int], None],
 ) -> None:
     """Fill a flat buffer; see `TransferPath.copy`."""
-    with _lock:  # one load at a time has the link, and the table of mappings
+    with _lock:
         mapping = _mapping(file)
         stream = torch.cuda.Stream(target.device)
         stream.wait_stream(torch.cuda.default_stream(target.device))
@@ -129,6 +128,7 @@ def copy(
                         advance(end - start)
         finally:
             stream.synchronize()
+            _unpin_forgotten()
 
 
 def _mapping(file: ModelFile) -> PinnedMapping:
@@ -145,7 +145,20 @@ def _mapping(file: ModelFile) -> PinnedMapping:
 
 
 def forget(identity: tuple) -> None:
-    """Unpin a file that no model needs any more."""
-    with _lock:
-        if mapping := _pinned.pop(identity, None):
+    """Unpin a file that no model needs any more: at once, or when the load that is going on has ended.
+
+    Called by the garbage collector, at any moment and in any thread, also in the one that is loading.
+    """
+    _forgotten.append(identity)
+    while _forgotten and _lock.acquire(blocking=False):
+        try:
+            _unpin_forgotten()
+        finally:
+            _lock.release()
+
+
+def _unpin_forgotten() -> None:
+    """Close what was forgotten; the caller holds the lock."""
+    while _forgotten:
+        if mapping := _pinned.pop(_forgotten.popleft(), None):
             mapping.close()

@@ -99,6 +99,16 @@ def _read_quantisation(
     if "_quantization_metadata" in metadata:
         layers = json.loads(metadata["_quantization_metadata"])["layers"]
         formats |= {layer.get("format") for layer in layers.values()}
+    else:
+        layers = {}
+    # scales that nothing describes: a file without the table, or a checkpoint, whose table has the checkpoint's names
+    for key in [key for key in state_dict if key.endswith(".weight_scale")]:
+        layer = key.removesuffix(".weight_scale")
+        if layer not in layers and f"{layer}.comfy_quant" not in state_dict:
+            layers[layer] = {"format": str(state_dict[f"{layer}.weight"].dtype)[len("torch.") :]}
+            formats.add(layers[layer]["format"])
+    if layers:
+        metadata["_quantization_metadata"] = json.dumps({"layers": layers})
     if other := sorted(map(str, formats.difference(FP8_FORMATS))):
         raise _unsupported(name, ", ".join(other))
     if hasattr(comfy.utils, "convert_old_quants"):
@@ -111,7 +121,7 @@ def _read_quantisation(
         )
     if (marker := state_dict.pop("scaled_fp8", None)) is not None:
         return state_dict, FP8_DTYPES[0] if marker.dtype == torch.float32 else marker.dtype
-    return state_dict, layers if "_quantization_metadata" in metadata else None
+    return state_dict, layers or None
 
 
 def _layer_formats(state_dict: dict[str, torch.Tensor]) -> set[str | None]:

@@ -21,14 +21,14 @@ from .errors import ModelFileError
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 8
-DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
-    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "F16": torch.float16,
-    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
+    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
-if hasattr(torch, "float8_e8m0fnu"):
-    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+DTYPES = {
+    k: getattr(torch, name) for k, name in _NAMES.items() if hasattr(torch, name)
+}  # older torch has fewer
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,22 @@ def fp8_by_metadata(tensors: dict, linear: tuple[str, ...], path: Path) -> None:
     save(out, path, {"_quantization_metadata": json.dumps(table)})
 
 
+def fp8_undescribed(tensors: dict, linear: tuple[str, ...], path: Path) -> None:
+    """Scales beside the weights, and no word of them in the metadata."""
+    save(quantise(tensors, linear, "weight_scale")[0], path)
+
+
+def fp8_in_a_checkpoint(tensors: dict, linear: tuple[str, ...], path: Path) -> None:
+    """As `fp8_by_metadata`, under a checkpoint's names in the file and in its table."""
+    prefix = (
+        "model.diffusion_model."
+        if "img_in.weight" in tensors
+        else "text_encoders.qwen3_4b.transformer."
+    )
+    renamed = {prefix + name: tensor for name, tensor in tensors.items()}
+    fp8_by_metadata(renamed, linear, path)
+
+
 def fp8_scaled(tensors: dict, linear: tuple[str, ...], path: Path) -> None:
     """ComfyUI's earlier form, where every linear layer is quantised: a marker, and `scale_weight`."""
     import torch
@@ -103,7 +119,14 @@ EVERY_LINEAR = (*BLOCKS, "img_in", "txt_in", "time_in", "_modulation", "final_la
 
 
 @pytest.mark.parametrize(
-    ("write", "linear"), [(fp8_by_metadata, BLOCKS), (fp8_scaled, EVERY_LINEAR), (fp8_cast, BLOCKS)]
+    ("write", "linear"),
+    [
+        (fp8_by_metadata, BLOCKS),
+        (fp8_undescribed, BLOCKS),
+        (fp8_in_a_checkpoint, BLOCKS),
+        (fp8_scaled, EVERY_LINEAR),
+        (fp8_cast, BLOCKS),
+    ],
 )
 def test_fp8_transformer_draws_what_the_prompt_says(server, write, linear):
     path = models(server, "diffusion_models") / f"{write.__name__}.safetensors"
@@ -114,7 +137,9 @@ def test_fp8_transformer_draws_what_the_prompt_says(server, write, linear):
     assert (picture != render(server)).any(), "the quantised weights were not used"
 
 
-@pytest.mark.parametrize("write", [fp8_by_metadata, fp8_scaled, fp8_cast])
+@pytest.mark.parametrize(
+    "write", [fp8_by_metadata, fp8_undescribed, fp8_in_a_checkpoint, fp8_scaled, fp8_cast]
+)
 def test_fp8_text_encoder_draws_what_the_prompt_says(server, write):
     path = models(server, "text_encoders") / f"{write.__name__}.safetensors"
     write(tensors_of(text_encoder()), LAYERS, path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import mmap
 import os
 import threading
@@ -31,6 +32,7 @@ _ring: list[
     torch.Tensor
 ] = []  # pinned slots, kept for the next load: pinning takes longer than reading
 _ring_lock = threading.Lock()
+log = logging.getLogger("ark")
 
 
 def unavailable(file: ModelFile, device: torch.device, storage: Storage) -> str | None:
@@ -109,8 +111,11 @@ def _borrow(pinned: bool) -> torch.Tensor:
 
 def _open(file: ModelFile, direct: bool) -> FileIO:
     if direct:
-        with contextlib.suppress(OSError):  # a file system without O_DIRECT
+        try:
             descriptor = os.open(file.path, os.O_RDONLY | os.O_DIRECT)
+        except OSError as error:
+            log.info("Ark igniter: %s is read through the page cache (%s).", file.path.name, error)
+        else:
             return os.fdopen(descriptor, "rb", buffering=0)
     return file.path.open("rb", buffering=0)
 

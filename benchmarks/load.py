@@ -1,7 +1,8 @@
 """From a safetensors file to tensors on the device: `python benchmarks/load.py [--folder DIR] [--repeat 7]`.
 
 Ark's igniter and its peers load the same file of Klein's true shapes with random bf16 weights, interleaved, each in turn
-(A B B A). Floors from the same run: copies from pinned memory (warm), raw O_DIRECT reads (cold). Needs a GPU, 30 GB of
+(A B B A); nothing is pinned before, except in `reload`. Floors from the same run: copies from pinned memory (warm), raw
+O_DIRECT reads (cold). Last, how much anonymous memory each path of Ark's and each peer takes while it loads. Needs a GPU, 30 GB of
 disk and the pack importable as `ark`; `--tiny` runs every step at small size, on a CPU too, to test the benchmark itself
 (then nothing is recorded).
 """
@@ -13,8 +14,10 @@ import gc
 import itertools
 import os
 import platform
+import re
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +31,9 @@ from ark.benchmarks.models import text_encoder_shapes, transformer_shapes, write
 from ark.benchmarks.record import bar_chart, row, write_record
 from ark.toolkit.header import read_header
 from ark.toolkit.layout import plan_layout
+from ark.toolkit.paths import PATHS, TransferPath, mmap_pin, pump
 from ark.toolkit.rates import link_rate
+from ark.toolkit.storage import probe_storage
 from ark.toolkit.transfer import transfer
 
 
@@ -89,6 +94,16 @@ def peers() -> dict[str, Callable[[Path, torch.device], object]]:
         found["fastsafetensors"] = fast
     except ImportError:
         print("fastsafetensors is not installed")
+    try:
+        from instanttensor import safe_open
+
+        def instant(path: Path, device: torch.device) -> dict:
+            with safe_open([str(path)], framework="pt", device=device.index or 0) as source:
+                return dict(source.tensors())
+
+        found["instanttensor"] = instant
+    except ImportError:
+        print("instanttensor is not installed")
     return found
 
 
@@ -145,44 +160,108 @@ def main() -> None:
     if args.tiny:
         return
     versions = {"python": platform.python_version()}
-    for package in ("torch", "safetensors", "runai-model-streamer", "fastsafetensors"):
+    for package in (
+        "torch",
+        "safetensors",
+        "runai-model-streamer",
+        "fastsafetensors",
+        "instanttensor",
+    ):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
     name = torch.cuda.get_device_name(device)
     print(write_record("load", name, versions, rows))
-    print(bar_chart("load", f"Seconds from file to tensors on the device ({name}), shorter is better", rows))  # fmt: skip
+    print(bar_chart("load", f"Seconds from file to tensors on the device ({name}), shorter is better", [item for item in rows if item["unit"] == "s"]))  # fmt: skip
 
 
 def measure(transformer: Path, text: Path, device: torch.device, args: argparse.Namespace) -> list[dict]:  # fmt: skip
-    """The four cases."""
+    """The cases of time, then those of memory."""
     loaders = {"ark": ark_load, **peers()}
     size, both = transformer.stat().st_size, transformer.stat().st_size + text.stat().st_size
     link = link_rate(device)
     rows = []
 
-    def case(name: str, files: list[Path], repeat: int, floor: float | None, before=lambda: None, only=None) -> None:  # fmt: skip
+    def fresh() -> None:
+        for identity in list(mmap_pin._pinned):
+            mmap_pin.forget(identity)
+
+    def cold() -> None:
+        fresh()
+        drop_from_cache(transformer)
+
+    def case(name: str, files: list[Path], repeat: int, floor: float | None, before=fresh, only=loaders) -> None:  # fmt: skip
         print(name)
-        works = {
-            k: (lambda load=load: [load(file, device) for file in files])
-            for k, load in loaders.items()
-            if only is None or k in only
-        }
+        works = {k: (lambda load=loaders[k]: [load(file, device) for file in files]) for k in only}
         for work in works.values():
+            before()
             work()
         found = interleaved(works, repeat, device, before)
         rows.append(row(name, found.pop("ark"), "s", repeat, found, floor))
 
     case("transformer_warm", [transformer], args.repeat, link and size / link)
+    quick = [name for name in loaders if name in ("ark", "safetensors", "runai")]
+    case("all_warm", [text, transformer], args.repeat, link and both / link, only=quick)
+    case("reload", [text, transformer], args.repeat, link and both / link, lambda: None, ("ark",))
     raw = []
     for _ in range(args.cold_repeat):
         drop_from_cache(transformer)
         raw.append(timed(lambda: raw_read(transformer), device))
-    case("transformer_cold", [transformer], args.cold_repeat, statistics.median(raw), lambda: drop_from_cache(transformer))  # fmt: skip
-    case("all_warm", [text, transformer], args.repeat, link and both / link)
-    case("reload", [text, transformer], args.repeat, link and both / link, only=("ark",))
+    case("transformer_cold", [transformer], args.cold_repeat, statistics.median(raw), cold)
+    rows += memory(transformer, device, loaders, fresh, cold)
     return rows
+
+
+def memory(transformer: Path, device: torch.device, loaders: dict, fresh: Callable, cold: Callable) -> list[dict]:  # fmt: skip
+    """Anonymous memory that each of Ark's paths and each peer takes while it loads, its pinned ring included."""
+    file = read_header(transformer)
+    layout = plan_layout(file.entries)
+
+    def by(path: TransferPath) -> None:
+        target = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
+        path.copy(file, layout, target, probe_storage(file), lambda nbytes: None)
+
+    def peak(work: Callable[[], object], before: Callable[[], None]) -> float:
+        before()
+        pump._ring.clear()
+        return peak_anonymous(work) + len(pump._ring) * pump.SLOT / 1e9
+
+    found = {
+        name: peak(lambda load=load: load(transformer, device), fresh)
+        for name, load in loaders.items()
+        if name != "ark"
+    }
+    rows = []
+    for state, before in {"warm": fresh, "cold": cold}.items():
+        for name, path in PATHS.items():
+            before()
+            if path.unavailable(file, device, probe_storage(file)) is None:
+                held = peak(lambda path=path: by(path), before)
+                rows.append(row(f"memory_{name}_{state}", held, "GB", 1, found))
+    return rows
+
+
+def peak_anonymous(work: Callable[[], object]) -> float:
+    """How many GB of anonymous memory the process holds at most while `work` runs, over what it held before."""
+
+    def held() -> int:
+        status = Path("/proc/self/status").read_text()
+        return sum(int(re.search(rf"{kind}:\s+(\d+)", status)[1]) for kind in ("RssAnon", "RssShmem"))  # fmt: skip
+
+    gc.collect()
+    before, values, done = held(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            values.append(held() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    work()
+    done.set()
+    watcher.join()
+    return max(values) * 1024 / 1e9
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from ..toolkit.embedded import cache_folder, embedded_folders
 from .combustion import ArkSageCombustion
 from .load import ArkFastLoader
+from .prepare import prepare_in_background
 from .sample import ArkSampler4Step
 
 log = logging.getLogger("ark")
@@ -31,4 +32,5 @@ class ArkExtension(ComfyExtension):
                 cache_folder(),
                 error,
             )
+        prepare_in_background()
         return [ArkFastLoader, ArkSageCombustion, ArkSampler4Step]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import comfy.utils
 import folder_paths
 from comfy_api.latest import io
+from server import PromptServer
 
 from ..patches.text_encoder import load_text_encoder
 from ..patches.transformer import load_transformer
@@ -15,6 +17,8 @@ from ..patches.vae import load_vae
 from ..toolkit.architecture import check_match
 from ..toolkit.embedded import preferred
 from ..toolkit.igniter import file_fingerprint, model_parts
+from ..toolkit.paths import mmap_pin
+from ..toolkit.transfer import TransferReport
 
 CHECKPOINTS = "checkpoints"  # a file of this folder holds all three parts
 FOLDERS = {"diffusion_model": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
@@ -49,6 +53,7 @@ class ArkFastLoader(io.ComfyNode):
                 _combo("text_encoder", "The Qwen3 text encoder that belongs to it."),
                 _combo("vae", "The FLUX.2 VAE."),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Model.Output(tooltip="The transformer."),
                 io.Clip.Output(tooltip="Klein's text encoder and tokenizer."),
@@ -95,7 +100,34 @@ class ArkFastLoader(io.ComfyNode):
         size, seconds = sum(part.stat().st_size for part in files), time.perf_counter() - start
         report = f"Opened {diffusion_model}, {text_encoder} and {vae}: {size / 1e9:.2f} GB in {seconds:.3f} s."
         log.info("Ark loader: %s", report)
-        return io.NodeOutput(model, clip, decoder, ui={"text": [report]})
+        lines = _report_transfers(report, cls.hidden.unique_id, (clip.patcher, model, decoder.patcher))  # fmt: skip
+        return io.NodeOutput(model, clip, decoder, ui={"text": lines()})
+
+
+def _report_transfers(opened: str, node_id: str, patchers: tuple) -> Callable[[], list[str]]:
+    """Keep the node's report up to date: the bytes travel while the graph goes on.
+
+    Returns:
+        What gives the report's lines as they are when it is called.
+    """
+    transfers: dict[str, str] = {}
+    server = getattr(PromptServer, "instance", None)
+
+    def lines() -> list[str]:
+        pinned = f"Pinned {mmap_pin.pinned() / 1e9:.1f} of at most {mmap_pin.pin_limit() / 1e9:.0f} GB (ARK_PIN_LIMIT_GB)."  # fmt: skip
+        return [opened, *transfers.values(), *([pinned] if transfers else [])]
+
+    def tell(report: TransferReport) -> None:
+        transfers[report.file] = f"{report}."
+        if server:
+            server.send_progress_text("\n".join(lines()), node_id)
+
+    for patcher in patchers:
+        model = patcher.masters.opened
+        model.listeners.append(tell)
+        for report in model.reports.values():  # those that were faster than this
+            tell(report)
+    return lines
 
 
 def _find(slot: str, name: str) -> str | None:

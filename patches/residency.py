@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import collections
 import logging
+import operator
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_patcher
 import torch
 
-from ..toolkit.ahead import send_ahead, take_ahead
+from ..toolkit.ahead import Sending, send, send_ahead, take_ahead, wait_for
 from ..toolkit.errors import TransferFailed
 from ..toolkit.header import ModelFile, TensorEntry
 from ..toolkit.igniter import OpenedModel
-from ..toolkit.layout import plan_layout
 from ..toolkit.paths import mmap_pin
-from ..toolkit.transfer import transfer
+from .progress import Progress
 
 Backup = collections.namedtuple("Backup", ["weight", "inplace_update"])  # as the host keeps them
 log = logging.getLogger("ark")
@@ -32,12 +33,16 @@ class Masters:
     Args:
         module: the host's, its weights assigned from `opened`.
         opened: the model whose files they come from. Weights that were computed since have no home and stay the host's.
+        dtype: what floating-point weights become where they are used; None if that is what the file has.
     """
 
-    def __init__(self, module: torch.nn.Module, opened: OpenedModel):
-        self.opened = opened
+    def __init__(
+        self, module: torch.nn.Module, opened: OpenedModel, dtype: torch.dtype | None = None
+    ):
+        self.opened, self.dtype = opened, dtype
         self.homes: dict[str, torch.Tensor] = {}
         self.origins: dict[str, tuple[ModelFile, TensorEntry]] = {}
+        self.pinned: dict[tuple, torch.Tensor | None] = {}  # files in pinned memory, by identity
         for key, tensor in _weights(module).items():
             if origin := opened.origin_of(tensor):
                 self.homes[key] = tensor.data
@@ -55,7 +60,13 @@ class Masters:
             if key in now and now[key].data_ptr() == home.data_ptr()
         }
 
-    def send(self, module: torch.nn.Module, device: torch.device, apart: set[str]) -> None:
+    def send(
+        self,
+        module: torch.nn.Module,
+        device: torch.device,
+        apart: set[str],
+        watch: Callable[[int, int], None] = lambda moved, total: None,
+    ) -> None:
         """Bring the weights that are at home in a mapped file to the device, one flat buffer a file.
 
         A file that was read whole is small, and may be another by now: its weights are the host's to copy.
@@ -64,30 +75,70 @@ class Masters:
             module: the one that this was made for.
             device: where to.
             apart: keys that get a buffer of their own, as they will soon be replaced (LoRA): it is freed then.
+            watch: called several times a second with the bytes that have left, and all that will.
 
         Raises:
-            TransferFailed: no path serves; weights that were not sent are still at home.
+            TransferFailed, RuntimeError: no path serves, or the device has no room; weights that were not sent are
+                still at home.
             ModelFileError: a file has changed.
         """
         ahead = take_ahead(self.opened, device)
-        groups: dict[tuple, dict[str, TensorEntry]] = collections.defaultdict(dict)
+        travelling: dict[int, tuple[Sending, list[str]]] = {}
+        groups: dict[tuple, dict[int, TensorEntry]] = collections.defaultdict(dict)
+        keys: dict[tuple, list[str]] = collections.defaultdict(list)
         for key in self.at_home(module) & self.origins.keys():
             file, entry = self.origins[key]
-            sent = ahead.get(file.identity, {}).get(entry.start)
-            if sent is not None and (sent.shape, sent.dtype) == (entry.shape, entry.dtype):
-                _set(module, key, sent)
+            sending = ahead.get(file.identity)
+            if sending and sending.layout.entries.get(entry.start) == entry:
+                travelling.setdefault(id(sending), (sending, []))[1].append(key)
             else:
-                groups[file.identity, key in apart][key] = entry
+                groups[file.identity, key in apart][entry.start] = entry
+                keys[file.identity, key in apart].append(key)
         files = {file.identity: file for file, _ in self.opened.parts}
-        for (identity, _), entries in groups.items():
-            layout = plan_layout(entries)
-            with torch.inference_mode(False):  # weights outlive the prompt
-                flat, _ = transfer(files[identity], layout, device)
-                for key, tensor in layout.views(flat).items():
-                    _set(module, key, tensor)
+        for group, entries in groups.items():
+            sending = send(self.opened, files[group[0]], entries, device)
+            travelling[id(sending)] = (sending, keys[group])
+        total = sum(sending.layout.nbytes for sending, _ in travelling.values())
+        wait_for((sending for sending, _ in travelling.values()), lambda moved: watch(moved, total))
+        failure = None
+        for sending, names in travelling.values():
+            try:
+                arrived = sending.arrived.result()
+            except (TransferFailed, RuntimeError) as error:
+                failure = error
+                continue
+            for key in names:
+                _set(module, key, self.cast(arrived[self.origins[key][1].start]))
+        if failure:
+            raise failure
+
+    def cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A weight in the dtype that it is used in, computed where it lies."""
+        return tensor.to(self.dtype) if self.dtype and tensor.is_floating_point() else tensor
+
+    def cast_at_home(self, module: torch.nn.Module) -> None:
+        """Cast what was not sent, so that the host copies it in the right dtype."""
+        if self.dtype:
+            for key in self.at_home(module):
+                with torch.inference_mode(False):
+                    _set(module, key, self.cast(self.homes[key]))
+
+    def pin(self, module: torch.nn.Module, key: str, device: torch.device) -> None:
+        """Make a weight that is at home a view of its file in pinned memory."""
+        if operator.attrgetter(key)(module).data_ptr() != self.homes[key].data_ptr():
+            return
+        file, entry = self.origins[key]
+        if file.identity not in self.pinned:
+            self.pinned[file.identity] = mmap_pin.pinned_bytes(file, device)
+        flat = self.pinned[file.identity]
+        if flat is not None:
+            with torch.inference_mode(False):
+                data = flat[entry.start : entry.start + entry.nbytes]
+                _set(module, key, data.view(entry.dtype).view(entry.shape))
 
     def recall(self, module: torch.nn.Module) -> None:
         """Make every weight a view of its file again; what was on the device is dropped, nothing is copied back."""
+        self.pinned.clear()
         for key in self.homes.keys() - self.at_home(module):
             _set(module, key, self.homes[key])
 
@@ -98,14 +149,21 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
     fast_devices = ("cuda",)
 
     @classmethod
-    def of(cls, patcher: Any, opened: OpenedModel) -> ResidentPatcher:
-        """Make one in place of a patcher that the host built around the same model."""
+    def of(
+        cls, patcher: Any, opened: OpenedModel, dtype: torch.dtype | None = None
+    ) -> ResidentPatcher:
+        """Make one in place of a patcher that the host built around the same model; see `Masters` for `dtype`."""
         made = cls(
             patcher.model, load_device=patcher.load_device, offload_device=patcher.offload_device
         )
         for name in ("object_patches", "force_cast_weights", "hook_mode", "is_clip"):
             setattr(made, name, getattr(patcher, name))
-        patcher.model.ark_masters = Masters(patcher.model, opened)
+        patcher.model.ark_masters = Masters(patcher.model, opened, dtype)
+        made.size = sum(
+            tensor.numel()
+            * (dtype if dtype and tensor.is_floating_point() else tensor.dtype).itemsize
+            for tensor in _weights(patcher.model).values()
+        )
         return made
 
     @classmethod
@@ -129,18 +187,29 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
         """Load as the host does, after the weights were sent to where it wants them."""
         if full_load and device_to is not None and device_to.type in self.fast_devices:
             try:
-                self.masters.send(self.model, device_to, set(self.patches))
+                with Progress(type(self.model).__name__) as progress:
+                    self.masters.send(self.model, device_to, set(self.patches), progress.watch)
+                self._mark_arrived(device_to)
             except (
                 TransferFailed,
                 RuntimeError,
             ) as error:  # RuntimeError: CUDA's, out of memory too
                 log.warning("Ark igniter: ComfyUI copies the weights itself (%s).", error)
+        self.masters.cast_at_home(self.model)
         return super().load(
             device_to,
             lowvram_model_memory=lowvram_model_memory,
             force_patch_weights=force_patch_weights,
             full_load=full_load,
         )
+
+    def _mark_arrived(self, device: torch.device) -> None:
+        """Spare the host looking after modules that are complete: it waits for the whole device at each of them."""
+        patched = {key.rpartition(".")[0] for key in (*self.patches, *self.weight_wrapper_patches)}
+        for name, module in self.model.named_modules():
+            own = list(module.parameters(recurse=False))
+            if own and name not in patched and all(weight.device == device for weight in own):
+                module.comfy_patched_weights = True
 
     def patch_weight_to_device(self, key, device_to=None, inplace_update=False, *rest, **named):
         """Patch as the host does, but keep the file's view as the backup, and never write into it."""
@@ -150,6 +219,12 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
             if home is not None:
                 self.backup[key] = Backup(home, False)
         return super().patch_weight_to_device(key, device_to, False, *rest, **named)
+
+    def pin_weight_to_device(self, key):
+        """Pin a weight that stays off the device: the host's way would copy it out of the file."""
+        if key not in self.masters.origins:
+            return super().pin_weight_to_device(key)
+        return self.masters.pin(self.model, key, self.load_device)
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         """Unload as the host does, without copying back what the file has."""

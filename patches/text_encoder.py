@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,17 @@ from comfy import sd1_clip
 from ..toolkit.architecture import TEXT_TAPS, TextEncoderDims
 from ..toolkit.igniter import open_model, strip_prefix
 from .residency import ResidentPatcher
+from .warmup import unset, warm_up
 from .weights import assign, read_quantisation, remember_origin, weight_dtype
 
 CHECKPOINT_PREFIX = r"text_encoders\.[^.]+\.transformer\."
 PAD_TOKEN = 151643
 ENCODER = "qwen3_4b"  # the host's name for this encoder, whatever its width
 NEEDED_LAYERS = max(TEXT_TAPS)
+_tokenizer_lock = threading.Lock()  # two threads must not build it at once
 
 
-def load_text_encoder(path: str | Path) -> tuple[Any, TextEncoderDims]:
+def load_text_encoder(path: str | Path, ahead: bool = True) -> tuple[Any, TextEncoderDims]:
     """Build a CLIP from a Qwen3 file.
 
     Klein reads the output of layers 9, 18 and 27, so the layers above, the last norm and the language head are neither
@@ -36,6 +40,7 @@ def load_text_encoder(path: str | Path) -> tuple[Any, TextEncoderDims]:
 
     Args:
         path: safetensors, alone, in shards or in a checkpoint; bf16, fp16, fp32 or fp8.
+        ahead: let the weights leave for the device at once.
 
     Returns:
         The host's CLIP and the dimensions read from the file.
@@ -53,12 +58,13 @@ def load_text_encoder(path: str | Path) -> tuple[Any, TextEncoderDims]:
     if quantisation is None:  # the host wraps quantised weights, and moves them itself
         weight_dtype(state_dict, name)  # refuses what Klein does not run from
         device = comfy.model_management.text_encoder_device()
-        ResidentPatcher.send_ahead(opened, wanted, device)
+        if ahead:
+            ResidentPatcher.send_ahead(opened, wanted, device)
 
     class Target:
         params = {}  # noqa: RUF012 (the host's shape)
         clip = staticmethod(_text_encoder_class())
-        tokenizer = staticmethod(_tokenizer_class())
+        tokenizer = staticmethod(klein_tokenizer)
 
     options = {
         "initial_device": torch.device("meta"),
@@ -73,10 +79,11 @@ def load_text_encoder(path: str | Path) -> tuple[Any, TextEncoderDims]:
         },
         **_quantisation_options(quantisation),
     }
+    if quantisation is None:
+        shape = (dims, options["dtype"])
+        warm_up("text encoder", shape, device, lambda: _encode_shallow(options, wanted, device))
     clip = comfy.sd.CLIP(
         Target,
-        embedding_directory=folder_paths.get_folder_paths("embeddings"),
-        tokenizer_data={f"{ENCODER}_min_length": 512},
         model_options=options,
         **_plain_patcher(),
     )
@@ -88,20 +95,36 @@ def load_text_encoder(path: str | Path) -> tuple[Any, TextEncoderDims]:
     return clip, dims
 
 
+def _encode_shallow(options: dict[str, Any], weights: dict, device: torch.device) -> None:
+    """A full prompt through three layers with weights that nobody has set."""
+    size = f"{ENCODER}_model_config"
+    options = {**options, size: {**options[size], "num_hidden_layers": 3}}
+    encoder = _text_encoder_class(taps=(1, 2, 3))(
+        device=torch.device("meta"), dtype=options["dtype"], model_options=options
+    )
+    transformer = getattr(encoder, ENCODER).transformer
+    transformer.model.norm = None
+    assign(transformer, unset(needed_tensors(weights, 3), device), "the text encoder")
+    encoder.set_clip_options({"execution_device": device})
+    encoder.encode_token_weights({ENCODER: [[(0, 1.0)] * 512]})
+
+
 def _plain_patcher() -> dict[str, bool]:
     """What keeps newer hosts from building a patcher with dynamic VRAM, which is replaced at once."""
     known = inspect.signature(comfy.sd.CLIP.__init__).parameters
     return {"disable_dynamic": True} if "disable_dynamic" in known else {}
 
 
-def needed_tensors(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The embedding and the layers that Klein reads, of the names of Hugging Face's Qwen3."""
+def needed_tensors(
+    state_dict: dict[str, torch.Tensor], layers: int = NEEDED_LAYERS
+) -> dict[str, torch.Tensor]:
+    """The embedding and the first layers, as many as Klein reads, of the names of Hugging Face's Qwen3."""
     layer = re.compile(r"model\.layers\.(\d+)\.")
     return {
         key: tensor
         for key, tensor in state_dict.items()
         if key.startswith("model.embed_tokens.")
-        or ((match := layer.match(key)) and int(match[1]) < NEEDED_LAYERS)
+        or ((match := layer.match(key)) and int(match[1]) < layers)
     }
 
 
@@ -114,6 +137,19 @@ def _quantisation_options(quantisation: Any) -> dict[str, Any]:
     if "mixed_ops" in quantisation:
         return {"quantization_metadata": quantisation}
     return {"quantization_metadata": json.dumps({"layers": quantisation})}
+
+
+def klein_tokenizer(**_: Any) -> Any:
+    """Klein's tokenizer, one for all: it takes half a second to build, longer than the weights take to arrive."""
+    with _tokenizer_lock:
+        return _build_tokenizer(tuple(folder_paths.get_folder_paths("embeddings")))
+
+
+@functools.lru_cache(maxsize=1)
+def _build_tokenizer(embeddings: tuple[str, ...]) -> Any:
+    return _tokenizer_class()(
+        embedding_directory=list(embeddings), tokenizer_data={f"{ENCODER}_min_length": 512}
+    )
 
 
 def _tokenizer_class() -> type:
@@ -145,14 +181,14 @@ def _tokenizer_class() -> type:
     return KleinTokenizer
 
 
-def _text_encoder_class() -> type:
+def _text_encoder_class(taps: tuple[int, ...] = TEXT_TAPS) -> type:
     """Qwen3 with Klein's three taps, the same on both hosts."""
 
     class KleinQwen3(sd1_clip.SDClipModel):
         def __init__(self, device="cpu", dtype=None, model_options=None, **_):
             super().__init__(
                 device=device,
-                layer=list(TEXT_TAPS),
+                layer=list(taps),
                 layer_idx=None,
                 textmodel_json_config={},
                 dtype=dtype,

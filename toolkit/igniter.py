@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ class OpenedModel:
         parts: each file with its bytes as one tensor [size] uint8, of which the tensors are views.
         mapped: identities of the files that are mapped; the others were read whole and need their file no more.
         ahead: what is on its way to a device already, see `ahead.py`.
+        reports: of the transfers so far, the last one of each file.
+        listeners: called with each new report, from any thread.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -46,6 +49,14 @@ class OpenedModel:
     parts: tuple[tuple[ModelFile, torch.Tensor], ...]
     mapped: frozenset[tuple]
     ahead: dict[tuple, Any] = field(default_factory=dict)
+    reports: dict[str, Any] = field(default_factory=dict)
+    listeners: list[Callable[[Any], None]] = field(default_factory=list)
+
+    def hear(self, report: Any) -> None:
+        """Keep a transfer's report and pass it on."""
+        self.reports[report.file] = report
+        for listener in self.listeners:
+            listener(report)
 
     def origin_of(self, tensor: torch.Tensor) -> tuple[ModelFile, TensorEntry] | None:
         """The bytes of a file that a tensor is a view of, None if it was computed since."""

@@ -19,9 +19,12 @@ PROBE = 32 << 20  # bytes of one copy that measures the link
 
 @functools.lru_cache
 def link_rate(device: torch.device) -> float | None:
-    """Rate of copies from pinned memory to a device in bytes/s, measured once a process; None for a CPU."""
+    """Rate of copies from pinned memory to a device in bytes/s, measured once and remembered; None for a CPU."""
     if device.type != "cuda":
         return None
+    name = torch.cuda.get_device_name(device)
+    if known := _rates(name).get("link"):
+        return known
     source = torch.empty(PROBE, dtype=torch.uint8, pin_memory=True)
     target = torch.empty(PROBE, dtype=torch.uint8, device=device)
     target.copy_(source)
@@ -31,7 +34,9 @@ def link_rate(device: torch.device) -> float | None:
         target.copy_(source, non_blocking=True)
     end.record()
     end.synchronize()
-    return 4 * PROBE / (start.elapsed_time(end) * 1e-3)
+    rate = 4 * PROBE / (start.elapsed_time(end) * 1e-3)
+    _remember(name, "link", rate)
+    return rate
 
 
 def _book() -> Path:
@@ -45,25 +50,31 @@ def _key(device: torch.device, storage: Storage) -> str:
 
 def known_rates(device: torch.device, storage: Storage) -> dict[str, float]:
     """Rates in bytes/s by path, as remembered for this device and storage."""
-    try:
-        rates = json.loads(_book().read_text(encoding="utf-8"))[_key(device, storage)]
-        return {name: float(rate) for name, rate in rates.items() if float(rate) > 0}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or not ours
-        return {}
+    return _rates(_key(device, storage))
 
 
 def remember_rate(
     device: torch.device, storage: Storage, path: str, nbytes: int, seconds: float
 ) -> None:
     """Write a path's rate down; a folder that cannot be written costs only the memory."""
-    if nbytes < WORTH_RECORDING or seconds <= 0:
-        return
+    if nbytes >= WORTH_RECORDING and seconds > 0:
+        _remember(_key(device, storage), path, nbytes / seconds)
+
+
+def _rates(key: str) -> dict[str, float]:
+    try:
+        rates = json.loads(_book().read_text(encoding="utf-8"))[key]
+        return {name: float(rate) for name, rate in rates.items() if float(rate) > 0}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or not ours
+        return {}
+
+
+def _remember(key: str, name: str, rate: float) -> None:
     try:
         book = dict(json.loads(_book().read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         book = {}
-    known = known_rates(device, storage)
-    book[_key(device, storage)] = {**known, path: round(nbytes / seconds)}
+    book[key] = {**_rates(key), name: round(rate)}
     draft = _book().with_suffix(f".{os.getpid()}")
     try:
         draft.parent.mkdir(parents=True, exist_ok=True)

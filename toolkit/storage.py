@@ -11,7 +11,7 @@ from pathlib import Path
 from .header import ModelFile
 
 NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "glusterfs", "fuse.", "virtiofs", "afs", "ncpfs")
-PROBES = 256  # pages looked at
+PROBES = 32  # pages looked at
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,8 @@ def transfer(
     layout: Layout,
     device: torch.device,
     advance: Callable[[int], None] = lambda nbytes: None,
+    *,
+    shared: bool = False,
 ) -> tuple[torch.Tensor, TransferReport]:
     """Bring a layout's bytes to a device.
 
@@ -62,6 +64,7 @@ def transfer(
         layout: which ones, and where to.
         device: "cuda", or "cpu" for a copy in memory.
         advance: called with the bytes of each piece as it leaves, from any thread.
+        shared: others use the device in the meantime, and must not be held up.
 
     Returns:
         The filled buffer, [layout.nbytes] uint8 on the device, and what was done.
@@ -74,10 +77,10 @@ def transfer(
     storage, link = probe_storage(file), link_rate(device)
     target = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
     passed_over: dict[str, str] = {}
-    for path, why in ranked_paths(device, storage, link):
+    for path, why in ranked_paths(file, layout, device, storage, link, shared):
         reason = path.unavailable(file, device, storage)
         if reason is None:
-            start = time.perf_counter()
+            start, fresh = time.perf_counter(), not path.ready(file, layout)
             try:
                 path.copy(file, layout, target, storage, _locked(advance))
             except TransferFailed as error:
@@ -85,7 +88,8 @@ def transfer(
             else:
                 seconds = time.perf_counter() - start
                 file.check_unchanged()  # so no byte belongs to another state of the file
-                remember_rate(device, storage, path.name, layout.nbytes, seconds)
+                if fresh:
+                    remember_rate(device, storage, path.name, layout.nbytes, seconds)
                 why = "; ".join([why, *(f"not {n}: {text}" for n, text in passed_over.items())])
                 report = TransferReport(
                     file.path.name, path.name, why, layout.nbytes, seconds, link
@@ -97,20 +101,36 @@ def transfer(
 
 
 def ranked_paths(
-    device: torch.device, storage: Storage, link: float | None
+    file: ModelFile,
+    layout: Layout,
+    device: torch.device,
+    storage: Storage,
+    link: float | None,
+    shared: bool = False,
 ) -> list[tuple[TransferPath, str]]:
-    """The paths, the fastest first: by what was measured here, else by what each one promises; with the reason."""
-    known = known_rates(device, storage)
-    ranked = sorted(
-        PATHS.values(), key=lambda p: known.get(p.name, p.expected * (link or 1.0)), reverse=True
-    )
+    """The paths, the best first: one that is ready, then by what was measured here, else by what each one promises.
 
-    def why(path: TransferPath) -> str:
+    Where the device is shared, those that disturb come last, unless they are ready.
+
+    Returns:
+        Each with the reason for its place.
+    """
+    known, link = known_rates(device, storage), link or 1.0
+
+    def rate_of(path: TransferPath) -> tuple[float, str]:
+        if path.ready(file, layout):
+            return float("inf"), "the file is pinned already"
         if path.name in known:
-            return f"{known[path.name] / 1e9:.1f} GB/s when last measured here"
-        return "not measured here yet"
+            rate, why = (
+                known[path.name],
+                f"{known[path.name] / 1e9:.1f} GB/s when last measured here",
+            )
+        else:
+            rate, why = path.expected * link, "not measured here yet"
+        return (0.0, f"disturbs, {why}") if shared and path.disturbs else (rate, why)
 
-    return [(path, why(path)) for path in ranked]
+    ranked = sorted(PATHS.values(), key=lambda path: rate_of(path)[0], reverse=True)
+    return [(path, rate_of(path)[1]) for path in ranked]
 
 
 def _locked(advance: Callable[[int], None]) -> Callable[[int], None]:

@@ -7,11 +7,18 @@ import torch
 from safetensors.torch import save_file
 
 from ark.toolkit import ahead
-from ark.toolkit.ahead import send_ahead, take_ahead
+from ark.toolkit.ahead import send_ahead, wait_for
 from ark.toolkit.errors import ModelFileError, TransferFailed
 from ark.toolkit.igniter import open_model
 
 CPU = torch.device("cpu")
+
+
+def take_ahead(opened, device):
+    """The tensors that were sent ahead, when they have arrived."""
+    sendings = ahead.take_ahead(opened, device)
+    wait_for(sendings.values())
+    return {identity: sending.arrived.result() for identity, sending in sendings.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +53,7 @@ def test_models_travel_in_the_order_of_opening(opened, monkeypatch):
     order = []
     real = ahead.transfer
     monkeypatch.setattr(
-        ahead, "transfer", lambda *a: (order.append(len(a[1].entries)), real(*a))[1]
+        ahead, "transfer", lambda *a, **k: (order.append(len(a[1].entries)), real(*a, **k))[1]
     )
     for count in (3, 1, 2):
         opened.ahead.clear()
@@ -73,14 +80,37 @@ def test_a_changed_file_is_an_error(opened):
         take_ahead(opened, CPU)
 
 
-def test_a_failed_transfer_is_said_and_left_to_the_caller(opened, monkeypatch, caplog):
-    def fail(*_):
+def test_a_failed_transfer_is_left_to_the_caller(opened, monkeypatch):
+    def fail(*_, **__):
         raise TransferFailed("no path today")
 
     monkeypatch.setattr(ahead, "transfer", fail)
     send_ahead(opened, opened.tensors.values(), CPU)
-    assert take_ahead(opened, CPU) == {}
-    assert "no path today" in caplog.text
+    with pytest.raises(TransferFailed, match="no path today"):
+        take_ahead(opened, CPU)
+
+
+def test_who_waits_sees_the_bytes(opened):
+    heard, seen = [], []
+    opened.listeners.append(heard.append)
+    send_ahead(opened, opened.tensors.values(), CPU)
+    (sending,) = ahead.take_ahead(opened, CPU).values()
+    wait_for([sending], seen.append)
+    assert seen[-1] == sending.moved == sum(tensor.nbytes for tensor in opened.tensors.values())
+    assert [report.file for report in heard] == ["model.safetensors"]
+    assert opened.reports["model.safetensors"] is heard[0]
+
+
+def test_who_waits_may_give_up(opened):
+    class Interrupted(Exception):
+        pass
+
+    def stop(moved):
+        raise Interrupted
+
+    send_ahead(opened, opened.tensors.values(), CPU)
+    with pytest.raises(Interrupted):
+        wait_for(ahead.take_ahead(opened, CPU).values(), stop)
 
 
 def test_no_room_no_sending(opened, monkeypatch):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from ark.toolkit.errors import ModelFileError, TransferFailed
 from ark.toolkit.header import TensorEntry, read_header
 from ark.toolkit.layout import ALIGNMENT, KEEP, plan_layout
-from ark.toolkit.paths import PATHS, mmap_pin, stream
+from ark.toolkit.paths import PATHS, mmap_pin, pump, stream
 from ark.toolkit.rates import known_rates, remember_rate
 from ark.toolkit.storage import Storage, probe_storage
 from ark.toolkit.transfer import ranked_paths, transfer
@@ -46,7 +46,7 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_tensor_arrives_bit_for_bit(file, device, monkeypatch):
     model, tensors = file
-    monkeypatch.setattr(stream, "CHUNK", 4096)  # many pieces, so that threads and slots take turns
+    monkeypatch.setattr(pump, "PIECE", 4096)  # many pieces, so that threads and slots take turns
     moved = []
     layout = plan_layout(model.entries)
     flat, report = transfer(model, layout, device, moved.append)
@@ -99,7 +99,7 @@ def test_file_that_changes_is_never_mixed(file, monkeypatch, moment: str, size: 
         if model.path.stat().st_size == model.size:
             os.truncate(model.path, int(model.size * size))
 
-    monkeypatch.setattr(stream, "CHUNK", 4096)
+    monkeypatch.setattr(pump, "PIECE", 4096)
     if moment == "before":
         change()
     if moment == "after":
@@ -123,9 +123,12 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ARK_CACHE_DIR", str(tmp_path / "cache"))
 
 
-def test_paths_are_ranked_by_what_was_measured(tmp_path):
+def test_paths_are_ranked_by_what_was_measured(file, monkeypatch):
+    model, _ = file
+    layout = plan_layout(model.entries)
+
     def order(storage):
-        return [path.name for path, _ in ranked_paths(CPU, storage, 50e9)]
+        return [path.name for path, _ in ranked_paths(model, layout, CPU, storage, 50e9)]
 
     assert order(WARM) == ["mmap_pin", "stream"]
     remember_rate(
@@ -135,9 +138,19 @@ def test_paths_are_ranked_by_what_was_measured(tmp_path):
     assert order(COLD) == ["mmap_pin", "stream"]  # another state of the file, another memory
     remember_rate(CPU, WARM, "stream", 10**9, 0.2)  # worse still
     assert order(WARM) == ["mmap_pin", "stream"]
-    assert "10.0 GB/s when last measured here" in ranked_paths(CPU, WARM, None)[0][1]
+    [(_, why), _] = ranked_paths(model, layout, CPU, WARM, None)
+    assert "10.0 GB/s when last measured here" in why
     remember_rate(CPU, WARM, "stream", 1000, 1e-9)  # too small to say anything
     assert known_rates(CPU, WARM)["stream"] == 5e9
+    remember_rate(CPU, WARM, "stream", 10**9, 0.01)
+    assert order(WARM) == ["stream", "mmap_pin"]
+    mapping = mmap_pin.PinnedMapping(model)
+    mapping.windows.add(0)  # as if pinned
+    monkeypatch.setitem(mmap_pin._pinned, model.identity, mapping)
+    assert order(WARM) == [
+        "mmap_pin",
+        "stream",
+    ]  # what is pinned already has only the link to wait for
 
 
 @pytest.mark.parametrize(
@@ -198,8 +211,8 @@ def test_what_may_be_pinned_is_limited(monkeypatch):
 @pytest.mark.parametrize("device", DEVICES)
 def test_cold_file_past_the_page_cache(file, device, monkeypatch):
     model, tensors = file
-    monkeypatch.setattr(stream, "CHUNK", 40960)
-    monkeypatch.setattr(stream, "_ring", [])
+    monkeypatch.setattr(pump, "PIECE", 40960)
+    monkeypatch.setattr(pump, "_ring", [])
     monkeypatch.setattr(stream, "available_memory", lambda: model.size)
     assert stream.past_the_cache(model, COLD)
     assert not stream.past_the_cache(model, WARM) and not stream.past_the_cache(model, NETWORK)

@@ -1,5 +1,7 @@
 """A read-only mapping of the file, pinned window by window, each copied while the next one is being pinned.
 
+Pinning is a little slower than the link, so a few threads read the end of the file in the meantime.
+
 The mapping stays pinned, so that a model which was unloaded comes back at the speed of the link, out of the page cache and
 with no second copy in memory. What may be pinned in all is limited.
 """
@@ -8,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import mmap
 import os
 import sys
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
@@ -19,13 +23,18 @@ import torch
 
 from ..errors import TransferFailed
 from ..header import ModelFile
-from ..layout import Layout
-from ..storage import Storage
+from ..layout import Layout, Run
+from ..storage import Storage, probe_storage
+from .pump import pump, register
 
-WINDOW = 256 << 20  # bytes
+WINDOW = 128 << 20  # bytes
+THREADS = 4  # more of them hold the pinning up
 READ_ONLY = 8  # cudaHostRegisterReadOnly
+LEISURE = 2.0  # s until what came by another path begins to be pinned
+PAUSE = 0.01  # s between two windows then
 SHARE = 0.5  # of the machine's memory that may be pinned, unless ARK_PIN_LIMIT_GB says otherwise
 _pinned: OrderedDict[tuple, PinnedMapping] = OrderedDict()  # by identity, last used at the end
+log = logging.getLogger("ark")
 _lock = threading.Lock()  # one load at a time has the link, and the table of mappings
 _forgotten: deque[tuple] = deque()  # identities to unpin when the lock is free
 
@@ -41,30 +50,47 @@ class PinnedMapping:
             raise TransferFailed(f"the file cannot be mapped ({error})") from error
         self.bytes = torch.frombuffer(_writable_alias(self.map), dtype=torch.uint8)
         self.windows: set[int] = set()
+        self.whole = False  # registered in one piece
+
+    def pinned_pieces(self, run: Run) -> list[tuple[torch.Tensor, Run]]:
+        """Register the windows that a run lies in; returns its bytes, one tensor a window, as CUDA wants them."""
+        pieces = []
+        for window in windows_of(run):
+            self.pin(window)
+            start = max(run.source, window * WINDOW)
+            end = min(run.source + run.nbytes, (window + 1) * WINDOW)
+            part = Run(start, run.target + start - run.source, end - start)
+            pieces.append((self.bytes[start:end], part))
+        return pieces
 
     def pin(self, window: int) -> None:
         """Register one window; nothing happens if it already is."""
-        if window in self.windows:
-            return
-        start, end = window * WINDOW, min((window + 1) * WINDOW, len(self.map))
-        size = -(-(end - start) // mmap.PAGESIZE) * mmap.PAGESIZE
-        code = torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr() + start, size, READ_ONLY)
-        if int(code):
-            raise TransferFailed(
-                f"CUDA would not pin {size >> 20} MB of the mapping (error {int(code)})"
-            )
-        self.windows.add(window)
+        if window not in self.windows:
+            start, end = window * WINDOW, min((window + 1) * WINDOW, len(self.map))
+            register(self.bytes.data_ptr() + start, _whole_pages(end - start), READ_ONLY)
+            self.windows.add(window)
 
     @property
     def pinned_bytes(self) -> int:
         """How much of the file is registered."""
         return min(len(self.windows) * WINDOW, len(self.map))
 
+    def pin_whole(self) -> None:
+        """Register the file in one piece: what copies tensor by tensor must not meet a seam."""
+        if not self.whole:
+            self.close()
+            register(self.bytes.data_ptr(), _whole_pages(len(self.map)), READ_ONLY)
+            self.windows, self.whole = set(range(-(-len(self.map) // WINDOW))), True
+
     def close(self) -> None:
         """Unregister everything; the pages go back to the page cache's own judgement."""
-        for window in self.windows:
+        for window in {0} if self.whole else self.windows:
             torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr() + window * WINDOW)
-        self.windows.clear()
+        self.windows, self.whole = set(), False
+
+
+def _whole_pages(nbytes: int) -> int:
+    return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _writable_alias(mapped: mmap.mmap) -> ctypes.Array:
@@ -85,6 +111,11 @@ def pin_limit() -> int:
     return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * SHARE)
 
 
+def pinned() -> int:
+    """How many bytes of files are pinned now."""
+    return sum(mapping.pinned_bytes for mapping in list(_pinned.values()))
+
+
 def unavailable(file: ModelFile, device: torch.device, storage: Storage) -> str | None:
     """Why this path cannot serve, or None."""
     if device.type != "cuda" or torch.version.cuda is None:
@@ -100,6 +131,19 @@ def unavailable(file: ModelFile, device: torch.device, storage: Storage) -> str 
     return None
 
 
+def is_pinned(file: ModelFile, layout: Layout) -> bool:
+    """Whether every byte of a layout is pinned."""
+    mapping = _pinned.get(file.identity)
+    return mapping is not None and all(
+        mapping.windows.issuperset(windows_of(run)) for run in layout.runs
+    )
+
+
+def windows_of(run: Run) -> range:
+    """The windows that a run's bytes lie in."""
+    return range(run.source // WINDOW, (run.source + run.nbytes - 1) // WINDOW + 1)
+
+
 def copy(
     file: ModelFile,
     layout: Layout,
@@ -110,25 +154,56 @@ def copy(
     """Fill a flat buffer; see `TransferPath.copy`."""
     with _lock:
         mapping = _mapping(file)
-        stream = torch.cuda.Stream(target.device)
-        stream.wait_stream(torch.cuda.default_stream(target.device))
+        threads = 0 if is_pinned(file, layout) else THREADS
         try:
-            with torch.cuda.stream(stream):
-                for run in layout.chunks(WINDOW):
-                    for window in range(
-                        run.source // WINDOW, (run.source + run.nbytes - 1) // WINDOW + 1
-                    ):
-                        mapping.pin(window)
-                        start = max(run.source, window * WINDOW)
-                        end = min(run.source + run.nbytes, (window + 1) * WINDOW)
-                        at = run.target + start - run.source
-                        target[at : at + end - start].copy_(
-                            mapping.bytes[start:end], non_blocking=True
-                        )
-                        advance(end - start)
+            pump(file, layout, target, advance, threads=threads, mapping=mapping)
         finally:
-            stream.synchronize()
             _unpin_forgotten()
+
+
+def pin_at_leisure(
+    file: ModelFile, layout: Layout, device: torch.device, user: Callable[[], object]
+) -> None:
+    """Pin what came by another path, so that it comes back at the speed of the link.
+
+    It is done in the background, a window at a time, so that whoever uses the device hardly notices.
+
+    Args:
+        file: which one.
+        layout: what to pin of it.
+        device: for which.
+        user: answers None when nobody needs the file any more (a weak reference).
+    """
+
+    def work() -> None:
+        for window in sorted({window for run in layout.runs for window in windows_of(run)}):
+            with _lock:
+                if user() is None or unavailable(file, device, probe_storage(file)):
+                    return
+                try:
+                    _mapping(file).pin(window)
+                except TransferFailed as error:
+                    log.info("Ark igniter: %s is not pinned (%s).", file.path.name, error)
+                    return
+            time.sleep(PAUSE)
+
+    if device.type == "cuda":
+        timer = threading.Timer(LEISURE, work)
+        timer.daemon = True
+        timer.start()
+
+
+def pinned_bytes(file: ModelFile, device: torch.device) -> torch.Tensor | None:
+    """A file's bytes, [size] uint8, pinned in one piece for a device; read-only memory. None where that cannot be."""
+    if unavailable(file, device, probe_storage(file)):
+        return None
+    with _lock:
+        mapping = _mapping(file)
+        try:
+            mapping.pin_whole()
+        except TransferFailed:
+            return None
+        return mapping.bytes
 
 
 def _mapping(file: ModelFile) -> PinnedMapping:
@@ -136,9 +211,7 @@ def _mapping(file: ModelFile) -> PinnedMapping:
     for stale in [key for key in _pinned if key[:2] == file.identity[:2] and key != file.identity]:
         _pinned.pop(stale).close()
     mapping = _pinned.pop(file.identity, None) or PinnedMapping(file)
-    while (
-        _pinned and file.size + sum(other.pinned_bytes for other in _pinned.values()) > pin_limit()
-    ):
+    while _pinned and file.size + pinned() > pin_limit():
         _pinned.popitem(last=False)[1].close()
     _pinned[file.identity] = mapping
     return mapping

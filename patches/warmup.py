@@ -1,0 +1,54 @@
+"""CUDA loads each kernel when it is first called: over half a second in the first image of a process.
+
+So a few layers of each part, of the host's own classes and of the sizes in the file, run once with weights that nobody has
+set, while the real weights are on their way. What they compute is thrown away.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import comfy.model_management
+import torch
+
+DEVICES = ("cuda",)
+ROOM = 8 << 30  # bytes that must be free on the device
+_queue = ThreadPoolExecutor(1, "ark-warm-up")  # in the order in which the parts are needed
+_seen: set[Hashable] = set()
+log = logging.getLogger("ark")
+
+
+def warm_up(part: str, shape: Hashable, device: torch.device, run: Callable[[], object]) -> None:
+    """Let a part run once in the background; nothing happens a second time, or where memory is short.
+
+    Args:
+        part: its name, for the log.
+        shape: what the kernels depend on: dimensions and dtypes.
+        device: the one that `run` works on.
+        run: builds the layers and calls them.
+    """
+    if device.type not in DEVICES or (part, shape, device) in _seen:
+        return
+    _seen.add((part, shape, device))
+    _queue.submit(_run_once, part, device, run)
+
+
+def unset(weights: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Tensors of the same shapes and dtypes on a device, their values whatever lies in its memory."""
+    return {key: torch.empty_like(tensor, device=device) for key, tensor in weights.items()}
+
+
+def _run_once(part: str, device: torch.device, run: Callable[[], object]) -> None:
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < ROOM:
+        return
+    try:
+        with torch.inference_mode():
+            run()
+    except (
+        comfy.model_management.InterruptProcessingException
+    ):  # meant for the prompt, not for this
+        comfy.model_management.interrupt_current_processing(True)
+    except Exception as error:  # the prompt will show whether it matters
+        log.warning("Ark: the %s could not be warmed up (%s).", part, error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import comfy.utils
 import folder_paths
@@ -21,19 +22,24 @@ from ..toolkit.paths import mmap_pin
 from ..toolkit.transfer import TransferReport
 
 CHECKPOINTS = "checkpoints"  # a file of this folder holds all three parts
+DIFFUSERS = "diffusers"  # a folder of this folder has a folder for each part
+SUBFOLDERS = {"diffusion_model": "transformer", "text_encoder": "text_encoder", "vae": "vae"}
 FOLDERS = {"diffusion_model": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
+PIPELINE_INDEX = "model_index.json"
 log = logging.getLogger("ark")
 
 
 def _combo(name: str, what: str) -> io.Combo.Input:
     options = folder_paths.get_filename_list(FOLDERS[name])
     whole = [f"{CHECKPOINTS}/{file}" for file in folder_paths.get_filename_list(CHECKPOINTS)]
+    whole += [f"{DIFFUSERS}/{folder}" for folder in _diffusers_folders()]
     return io.Combo.Input(
         name,
         options=options + whole,
         default=preferred(FOLDERS[name], options),
         tooltip=f"{what} Files from ComfyUI's folder models/{FOLDERS[name]}; 'ark_tiny' is the embedded one. "
-        f"A file of models/{CHECKPOINTS} serves if it holds this part; of a model in shards, choose any.",
+        f"A file of models/{CHECKPOINTS} serves if it holds this part, and a folder of models/{DIFFUSERS} as diffusers "
+        "saves it; of a model in shards, choose any.",
     )
 
 
@@ -130,9 +136,21 @@ def _report_transfers(opened: str, node_id: str, patchers: tuple) -> Callable[[]
     return lines
 
 
+def _diffusers_folders() -> dict[str, Path]:
+    """The pipelines in diffusers' layout, by their path below models/diffusers."""
+    found = {}
+    for root in map(Path, folder_paths.get_folder_paths(DIFFUSERS)):
+        for index in sorted(root.glob(f"**/{PIPELINE_INDEX}")):
+            found.setdefault(index.parent.relative_to(root).as_posix(), index.parent)
+    return found
+
+
 def _find(slot: str, name: str) -> str | None:
     """The path of a choice, None if there is no such file."""
     if path := folder_paths.get_full_path(FOLDERS[slot], name):
         return path
     folder, _, rest = name.partition("/")
+    if folder == DIFFUSERS and (pipeline := _diffusers_folders().get(rest)):
+        parts = sorted((pipeline / SUBFOLDERS[slot]).glob("*.safetensors"))
+        return str(parts[0]) if parts else None
     return folder_paths.get_full_path(CHECKPOINTS, rest) if folder == CHECKPOINTS else None

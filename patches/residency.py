@@ -43,9 +43,9 @@ class Masters:
         self.homes: dict[str, torch.Tensor] = {}
         self.origins: dict[str, tuple[ModelFile, TensorEntry]] = {}
         self.pinned: dict[tuple, torch.Tensor | None] = {}  # files in pinned memory, by identity
-        for key, tensor in _weights(module).items():
-            if origin := opened.origin_of(tensor):
-                self.homes[key] = tensor.data
+        for key, weight in _weights(module).items():
+            if origin := opened.origin_of(_stored(weight)):
+                self.homes[key] = weight.detach()
                 if origin[0].identity in opened.mapped:
                     self.origins[key] = origin
         for file, _ in opened.parts:
@@ -57,7 +57,7 @@ class Masters:
         return {
             key
             for key, home in self.homes.items()
-            if key in now and now[key].data_ptr() == home.data_ptr()
+            if key in now and _stored(now[key]).data_ptr() == _stored(home).data_ptr()
         }
 
     def send(
@@ -108,7 +108,8 @@ class Masters:
                 failure = error
                 continue
             for key in names:
-                _set(module, key, self.cast(arrived[self.origins[key][1].start]))
+                weight = arrived[self.origins[key][1].start]
+                _set(module, key, self.cast(_with_stored(self.homes[key], weight)))
         if failure:
             raise failure
 
@@ -125,7 +126,8 @@ class Masters:
 
     def pin(self, module: torch.nn.Module, key: str, device: torch.device) -> None:
         """Make a weight that is at home a view of its file in pinned memory."""
-        if operator.attrgetter(key)(module).data_ptr() != self.homes[key].data_ptr():
+        home = self.homes[key]
+        if _stored(operator.attrgetter(key)(module)).data_ptr() != _stored(home).data_ptr():
             return
         file, entry = self.origins[key]
         if file.identity not in self.pinned:
@@ -134,7 +136,8 @@ class Masters:
         if flat is not None:
             with torch.inference_mode(False):
                 data = flat[entry.start : entry.start + entry.nbytes]
-                _set(module, key, data.view(entry.dtype).view(entry.shape))
+                data = data.view(entry.dtype).view(entry.shape)
+                _set(module, key, _with_stored(home, data))
 
     def recall(self, module: torch.nn.Module) -> None:
         """Make every weight a view of its file again; what was on the device is dropped, nothing is copied back."""
@@ -249,6 +252,25 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
 
 def _weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _stored(weight: torch.Tensor) -> torch.Tensor:
+    """What a weight's bytes are: of one that the host quantised the tensor inside, else itself."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return weight
+    names, _ = weight.__tensor_flatten__()
+    return max((getattr(weight, name) for name in names), key=lambda inner: inner.nbytes)
+
+
+def _with_stored(weight: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """The same weight with its bytes elsewhere; a quantised one takes its scales with it."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return stored
+    names, context = weight.__tensor_flatten__()
+    old = _stored(weight)
+    inner = {name: getattr(weight, name) for name in names}
+    moved = {name: stored if t is old else t.to(stored.device) for name, t in inner.items()}
+    return type(weight).__tensor_unflatten__(moved, context, weight.shape, weight.stride())
 
 
 def _set(module: torch.nn.Module, key: str, tensor: torch.Tensor) -> None:

@@ -55,11 +55,11 @@ def load_text_encoder(path: str | Path, ahead: bool = True) -> tuple[Any, TextEn
     dims = TextEncoderDims.of(state_dict, name)
     state_dict, quantisation = read_quantisation(state_dict, opened.metadata, name)
     wanted = needed_tensors(state_dict)
-    if quantisation is None:  # the host wraps quantised weights, and moves them itself
+    if quantisation is None:
         weight_dtype(state_dict, name)  # refuses what Klein does not run from
-        device = comfy.model_management.text_encoder_device()
-        if ahead:
-            ResidentPatcher.send_ahead(opened, wanted, device)
+    device = comfy.model_management.text_encoder_device()
+    if ahead:
+        ResidentPatcher.send_ahead(opened, wanted, device)
 
     class Target:
         params = {}  # noqa: RUF012 (the host's shape)

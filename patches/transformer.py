@@ -50,7 +50,7 @@ def load_transformer(path: str | Path, ahead: bool = True) -> tuple[Any, Transfo
     dims = TransformerDims.of(state_dict, name)
     state_dict, quantisation = read_quantisation(state_dict, opened.metadata, name)
     load_device = comfy.model_management.get_torch_device()
-    if quantisation is None and ahead:  # the host wraps quantised weights, and moves them itself
+    if ahead:
         ResidentPatcher.send_ahead(opened, state_dict, load_device)
 
     config = comfy.model_detection.detect_unet_config(state_dict, "")

@@ -6,19 +6,25 @@ recalling and patching are the real thing, only the link is not.
 
 import hashlib
 import json
+import logging.handlers
 import sys
 from pathlib import Path
 
 host, pack_parent, out = (Path(arg) for arg in sys.argv[1:4])
 sys.argv = sys.argv[:1]
 sys.path.insert(0, str(host))
+import utils.install_util  # noqa: E402, F401 (the host's, before anybody else's `utils` is found)
 from comfy.cli_args import args  # noqa: E402
 
 args.cpu = True
 import comfy.model_management  # noqa: E402
 import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 sys.path.append(str(pack_parent))
+from ark.nodes.load import _report_transfers  # noqa: E402
+from ark.nodes.prepare import prepare  # noqa: E402
+from ark.patches import text_encoder, warmup  # noqa: E402
 from ark.patches.residency import ResidentPatcher  # noqa: E402
 from ark.patches.sampling import sample_klein  # noqa: E402
 from ark.patches.text_encoder import load_text_encoder  # noqa: E402
@@ -26,6 +32,7 @@ from ark.patches.transformer import load_transformer  # noqa: E402
 from ark.patches.vae import load_vae  # noqa: E402
 from ark.toolkit import igniter  # noqa: E402
 from ark.toolkit.embedded import ASSETS, embedded_text_encoder  # noqa: E402
+from ark.toolkit.paths import mmap_pin  # noqa: E402
 
 KLEIN = ASSETS / "diffusion_models" / "ark_tiny_klein.safetensors"
 VAE = ASSETS / "vae" / "ark_tiny_flux2_vae.safetensors"
@@ -54,6 +61,25 @@ def with_lora(model, strength):
 def home(model):
     """How many weights are views of their file, of how many."""
     return [len(model.masters.at_home(model.model)), len(model.masters.homes)]
+
+
+def write_fp8(path, form):
+    """The transformer with its blocks (or every linear layer) in fp8 e4m3, one scale a tensor."""
+    metadata, tensors, layers = None, {}, {}
+    for name, tensor in load_file(KLEIN).items():
+        if tensor.ndim == 2 and (form == "scaled" or "_blocks." in name):
+            layer, scale = name.removesuffix(".weight"), tensor.float().abs().max() / 448
+            tensors[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+            tensors[f"{layer}.{'scale_weight' if form == 'scaled' else 'weight_scale'}"] = scale
+            layers[layer] = {"format": "float8_e4m3fn"}
+        else:
+            tensors[name] = tensor
+    if form == "scaled":
+        tensors["scaled_fp8"] = torch.empty(2, dtype=torch.float8_e4m3fn)
+    else:
+        metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
+    save_file(tensors, path, metadata)
+    return path
 
 
 before = hashlib.sha256(KLEIN.read_bytes()).hexdigest()
@@ -118,5 +144,106 @@ igniter.IN_MEMORY = 0
 with_grad = load_transformer(KLEIN)[0]
 comfy.model_management.load_models_gpu([with_grad], force_full_load=True)
 found["outside_inference_mode"] = home(with_grad)
+del with_grad
+with torch.inference_mode():
+    # weights that stay off the device lie in pinned memory of the file
+    model, _ = load_transformer(KLEIN)
+    copies = {}
+
+    def pinned_bytes(file, device):
+        copies[file.identity] = torch.frombuffer(
+            bytearray(file.path.read_bytes()), dtype=torch.uint8
+        )
+        return copies[file.identity]
+
+    real, mmap_pin.pinned_bytes = mmap_pin.pinned_bytes, pinned_bytes
+    model.patch_model(CPU, lowvram_model_memory=1)
+    (flat,) = copies.values()
+    inside = [
+        flat.data_ptr() <= weight.data_ptr() < flat.data_ptr() + flat.numel()
+        for weight in model.model.parameters()
+    ]
+    found["offloaded_pinned"] = [sum(inside), len(inside), len(model.pinned)]
+    x, sigma = torch.randn(1, 128, 4, 4), torch.ones(1)
+    context = torch.randn(1, 32, 192)
+    partly = model.model.apply_model(x, sigma, c_crossattn=context)
+    model.unpatch_model(CPU)
+    mmap_pin.pinned_bytes = real
+    found["home_after_offloading"] = home(model)
+    model.patch_model(CPU)
+    whole = model.model.apply_model(x, sigma, c_crossattn=context)
+    found["offloaded_same"] = torch.equal(partly, whole)
+    model.unpatch_model(CPU)
+
+    # quantised weights, too, come from their file and return to it
+    found["quantised"] = {}
+    for form in ("by_metadata", "scaled"):
+        fp8 = write_fp8(out.with_name(f"{form}.safetensors"), form)
+        results = []
+        for devices in ((), ("cuda", "cpu")):
+            ResidentPatcher.fast_devices = devices
+            model, _ = load_transformer(fp8)
+            results.append(sample(model))
+            homes = [home(model)]
+            comfy.model_management.unload_all_models()
+            homes.append(home(model))
+            results.append(sample(model))
+            results.append(sample(with_lora(model, 1.0)))
+            comfy.model_management.unload_all_models()
+            homes.append(home(model))
+            results.append(sample(model))
+            comfy.model_management.unload_all_models()
+        by_host, by_ark = results[:4], results[4:]
+        found["quantised"][form] = {
+            "same": [torch.equal(a, b) for a, b in zip(by_host, by_ark, strict=True)],
+            "stays": torch.equal(by_ark[0], by_ark[1]) and torch.equal(by_ark[0], by_ark[3]),
+            "homes": homes,
+            "differs": not torch.equal(by_ark[0], expected),
+        }
+
+    # a VAE is cast where it is used, and stays at home as the file has it
+    real, comfy.model_management.vae_dtype = (
+        comfy.model_management.vae_dtype,
+        lambda *_, **__: torch.bfloat16,
+    )
+    decoded = []
+    for devices in ((), ("cuda", "cpu")):
+        ResidentPatcher.fast_devices = devices
+        vae, _ = load_vae(VAE)
+        decoded.append(vae.decode(expected))
+        dtypes = {str(weight.dtype) for weight in vae.first_stage_model.parameters()}
+        found["vae_used_as"] = [*found.get("vae_used_as", []), sorted(dtypes)]
+        comfy.model_management.unload_all_models()
+        found["vae_home"] = [*found.get("vae_home", []), home(vae.patcher)]
+    found["vae_same"] = torch.equal(*decoded)
+    comfy.model_management.vae_dtype = real
+
+    # the loader's node hears of transfers that end after it
+    model, _ = load_transformer(KLEIN)
+    lines = _report_transfers("Opened.", "7", (model,))
+    sample(model)
+    comfy.model_management.unload_all_models()
+    found["report"] = lines()
+
+    # while a server idles, the tokenizer is built
+    text_encoder._build_tokenizer.cache_clear()
+    prepare()
+    found["tokenizers_prepared"] = text_encoder._build_tokenizer.cache_info().currsize
+    load_text_encoder(embedded_text_encoder())[0].tokenize("a red circle")
+    found["tokenizers_built"] = text_encoder._build_tokenizer.cache_info().misses
+
+    # one layer of each part runs once
+    warnings = logging.handlers.MemoryHandler(1000)
+    logging.getLogger("ark").addHandler(warnings)
+    warmup.DEVICES = ("cpu",)
+    for _ in range(2):
+        load_text_encoder(embedded_text_encoder())
+        load_transformer(KLEIN)
+        load_vae(VAE)
+        warmup._queue.submit(int).result()
+        found["warmed"] = [*found.get("warmed", []), sorted(part for part, *_ in warmup._seen)]
+    found["warm_up_warnings"] = [
+        record.getMessage() for record in warnings.buffer if record.levelno >= logging.WARNING
+    ]
 found["file_unchanged"] = hashlib.sha256(KLEIN.read_bytes()).hexdigest() == before
 out.write_text(json.dumps(found))

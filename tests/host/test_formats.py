@@ -183,3 +183,52 @@ def test_checkpoint_that_holds_all_three(server):
     np.testing.assert_array_equal(
         render(server, diffusion_model=name, text_encoder=name, vae=name), render(server)
     )
+
+
+def to_diffusers(state_dict: dict) -> dict:
+    """The transformer under the names that diffusers saves it with: the inverse of Ark's renaming."""
+    import torch
+
+    from ark.toolkit import keys
+
+    def back(key: str, table: dict[str, str]) -> str:
+        return next((old + key[len(new) :] for old, new in table.items() if key.startswith(new)), key)  # fmt: skip
+
+    renamed = {}
+    for key, tensor in state_dict.items():
+        if key == "final_layer.adaLN_modulation.1.weight":
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        kind, *rest = key.split(".", 2)
+        if kind == "double_blocks" and (stream := rest[1].removesuffix(".qkv.weight")) != rest[1]:
+            for name, part in zip(keys._QKV[stream], tensor.chunk(3), strict=True):
+                renamed[f"transformer_blocks.{rest[0]}.attn.{name}.weight"] = part
+        elif kind == "double_blocks":
+            renamed[f"transformer_blocks.{rest[0]}.{back(rest[1], keys._DOUBLE)}"] = tensor
+        elif kind == "single_blocks":
+            renamed[f"single_transformer_blocks.{rest[0]}.{back(rest[1], keys._SINGLE)}"] = tensor
+        else:
+            renamed[back(key, keys._TRANSFORMER)] = tensor
+    return renamed
+
+
+def test_a_folder_of_diffusers_with_shards_and_an_index(server):
+    pipeline = models(server, "diffusers") / "black-forest-labs" / "tiny"
+    tensors = to_diffusers(tensors_of(KLEIN))
+    names, weight_map = list(tensors), {}
+    for number in (1, 2):
+        file = f"diffusion_pytorch_model-{number:05}-of-00002.safetensors"
+        part = names[number - 1 :: 2]
+        save({name: tensors[name] for name in part}, pipeline / "transformer" / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = pipeline / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    save(tensors_of(text_encoder()), pipeline / "text_encoder" / "model.safetensors")
+    save(tensors_of(VAE), pipeline / "vae" / "diffusion_pytorch_model.safetensors")
+    (pipeline / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
+    name = "diffusers/black-forest-labs/tiny"
+    np.testing.assert_array_equal(
+        render(server, diffusion_model=name, text_encoder=name, vae=name), render(server)
+    )
+    (pipeline / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(Exception, match="vae: diffusers/black-forest-labs/tiny is not in models"):
+        render(server, vae=name)

@@ -63,3 +63,43 @@ def test_merging_a_model_with_itself_changes_nothing(found):
 @pytest.mark.parametrize("part", ["clip", "vae"])
 def test_other_parts_are_resident_too(found, part):
     assert found[part][0] == "ResidentPatcher"
+
+
+def test_what_stays_off_the_device_is_pinned_in_its_file(found):
+    inside, weights, by_the_host = found["offloaded_pinned"]
+    assert inside > 0.5 * weights  # norms and the like stay whole; none was copied for pinning
+    assert by_the_host == 0
+    assert found["offloaded_same"]
+    assert found["home_after_offloading"][0] == found["home_after_offloading"][1]
+
+
+def test_a_vae_is_cast_where_it_is_used(found):
+    assert found["vae_used_as"] == [["torch.bfloat16"]] * 2
+    assert found["vae_same"]
+    assert all(at_home == weights for at_home, weights in found["vae_home"])
+
+
+def test_each_part_is_warmed_up_once(found):
+    assert found["warmed"] == [["VAE", "text encoder", "transformer"]] * 2
+    assert found["warm_up_warnings"] == []
+
+
+def test_the_node_reports_transfers_that_end_after_it(found):
+    opened, transfer, pinned = found["report"]
+    assert opened == "Opened."
+    assert transfer.startswith("ark_tiny_klein.safetensors: 0.01 GB in ") and "GB/s" in transfer
+    assert pinned.startswith("Pinned 0.0 of at most")
+
+
+def test_the_tokenizer_is_built_before_it_is_needed_and_only_once(found):
+    assert found["tokenizers_prepared"] == found["tokenizers_built"] == 1
+
+
+@pytest.mark.parametrize("form", ["by_metadata", "scaled"])
+def test_quantised_weights_come_from_their_file_and_return_to_it(found, form):
+    quantised = found["quantised"][form]
+    assert all(quantised["same"]), quantised  # plain, reloaded, with LoRA, without it again
+    assert quantised["stays"] and quantised["differs"]
+    loaded, unloaded, after_lora = quantised["homes"]
+    assert loaded[0] == 0 and loaded[1] > 30
+    assert unloaded[0] == after_lora[0] == unloaded[1]

@@ -25,7 +25,7 @@ from ..errors import TransferFailed
 from ..header import ModelFile
 from ..layout import Layout, Run
 from ..storage import Storage, probe_storage
-from .pump import pump, register
+from .pump import pump, register, unregister
 
 WINDOW = 128 << 20  # bytes
 THREADS = 4  # more of them hold the pinning up
@@ -85,7 +85,7 @@ class PinnedMapping:
     def close(self) -> None:
         """Unregister everything; the pages go back to the page cache's own judgement."""
         for window in {0} if self.whole else self.windows:
-            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr() + window * WINDOW)
+            unregister(self.bytes.data_ptr() + window * WINDOW)
         self.windows, self.whole = set(), False
 
 

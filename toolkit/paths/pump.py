@@ -201,6 +201,11 @@ def register(address: int, nbytes: int, flags: int = 0) -> None:
         raise TransferFailed(f"CUDA would not pin {nbytes >> 20} MB (error {code})")
 
 
+def unregister(address: int) -> None:
+    """Undo `register`."""
+    torch.cuda.cudart().cudaHostUnregister(address)
+
+
 def _open(file: ModelFile, direct: bool) -> FileIO:
     if direct:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,6 @@ from pathlib import Path
 import comfy.utils
 import folder_paths
 from comfy_api.latest import io
-from server import PromptServer
 
 from ..patches.text_encoder import load_text_encoder
 from ..patches.transformer import load_transformer
@@ -106,18 +106,19 @@ class ArkFastLoader(io.ComfyNode):
         size, seconds = sum(part.stat().st_size for part in files), time.perf_counter() - start
         report = f"Opened {diffusion_model}, {text_encoder} and {vae}: {size / 1e9:.2f} GB in {seconds:.3f} s."
         log.info("Ark loader: %s", report)
-        lines = _report_transfers(report, cls.hidden.unique_id, (clip.patcher, model, decoder.patcher))  # fmt: skip
+        node_id = getattr(cls.hidden, "unique_id", None)  # None where a program calls the node
+        lines = _report_transfers(report, node_id, (clip.patcher, model, decoder.patcher))
         return io.NodeOutput(model, clip, decoder, ui={"text": lines()})
 
 
-def _report_transfers(opened: str, node_id: str, patchers: tuple) -> Callable[[], list[str]]:
+def _report_transfers(opened: str, node_id: str | None, patchers: tuple) -> Callable[[], list[str]]:
     """Keep the node's report up to date: the bytes travel while the graph goes on.
 
     Returns:
         What gives the report's lines as they are when it is called.
     """
     transfers: dict[str, str] = {}
-    server = getattr(PromptServer, "instance", None)
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
     def lines() -> list[str]:
         pinned = f"Pinned {mmap_pin.pinned() / 1e9:.1f} of at most {mmap_pin.pin_limit() / 1e9:.0f} GB (ARK_PIN_LIMIT_GB)."  # fmt: skip
@@ -125,7 +126,7 @@ def _report_transfers(opened: str, node_id: str, patchers: tuple) -> Callable[[]
 
     def tell(report: TransferReport) -> None:
         transfers[report.file] = f"{report}."
-        if server:
+        if server and node_id:
             server.send_progress_text("\n".join(lines()), node_id)
 
     for patcher in patchers:

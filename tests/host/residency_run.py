@@ -13,7 +13,6 @@ from pathlib import Path
 host, pack_parent, out = (Path(arg) for arg in sys.argv[1:4])
 sys.argv = sys.argv[:1]
 sys.path.insert(0, str(host))
-import utils.install_util  # noqa: E402, F401 (the host's, before anybody else's `utils` is found)
 from comfy.cli_args import args  # noqa: E402
 
 args.cpu = True

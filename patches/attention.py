@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..toolkit.architecture import HEAD_DIM
-from ..toolkit.combustion import AttentionKernel, select_attention_kernel
+from ..toolkit.combustion import select_attention_kernel
 from ..toolkit.hardware import probe_hardware
+from ..toolkit.kernels import KERNELS
+from ..toolkit.kernels.op import attend_flat
+from .guard import OVERRIDE, add_guard, remove_guard
 
-OVERRIDE = "optimized_attention_override"
 log = logging.getLogger("ark")
 
 
 def set_attention(model: Any, choice: str) -> tuple[Any, str]:
-    """Give a clone of a MODEL its attention kernel.
+    """Give a clone of a MODEL its attention kernel, guarded against results that are not finite.
 
     Args:
         model: the host's ModelPatcher; it is not changed.
         choice: "auto", a kernel's name, or "none" for the host's own attention, cancelling an override set before.
 
     Returns:
-        The clone, and one sentence that says which kernel it has and why.
+        The clone, and a sentence that says which kernel it has and why; of "auto" with the table.
 
     Raises:
         KernelUnavailable: a kernel was named that cannot run here.
@@ -31,22 +35,36 @@ def set_attention(model: Any, choice: str) -> tuple[Any, str]:
     clone = model.clone()
     options = dict(clone.model_options.get("transformer_options", {}))
     options.pop(OVERRIDE, None)
+    remove_guard(clone)
     if choice == "none":
         kernel, report = None, "host: ComfyUI's own attention, as asked."
     else:
-        kernel, report = select_attention_kernel(choice, probe_hardware(model.load_device))
+        hardware = probe_hardware(model.load_device)
+        kernel, report = select_attention_kernel(
+            choice, hardware, model.load_device, *_usual(model)
+        )
     if kernel is not None:
-        options[OVERRIDE] = attention_override(kernel)
+        options[OVERRIDE] = attention_override(kernel.name)
+        add_guard(clone, kernel.name)
     clone.model_options["transformer_options"] = options
     log.info("Ark attention %s", report)
     return clone, report
 
 
-def attention_override(kernel: AttentionKernel):
-    """Make the host's override function for a kernel.
+def _usual(model: Any) -> tuple[tuple[int, int, int, int], torch.dtype]:
+    """Shape and dtype of q, k and v at 1024x1024 with a full prompt."""
+    heads = getattr(model.model.diffusion_model, "num_heads", 24)
+    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    return (1, heads, 4096 + 512, HEAD_DIM), dtype
+
+
+@functools.lru_cache
+def attention_override(name: str) -> Callable:
+    """Make the host's override function for a kernel: the same one each time, as compiled code holds on to it.
 
     What the kernel was never built for (a mask, another layout, another head_dim or dtype) goes to the host's function.
     """
+    kernel = KERNELS[name]
 
     def override(
         func,
@@ -62,17 +80,16 @@ def attention_override(kernel: AttentionKernel):
         fits = (
             mask is None
             and kwargs.get("skip_reshape", False)
-            and q.shape[-1] == HEAD_DIM
+            and any(q.shape[-1] == size for size in kernel.head_dims)  # `in` fails when compiled
             and q.shape[1] == k.shape[1] == heads
             and q.dtype in kernel.dtypes
         )
         if not fits:
             return func(q, k, v, heads, mask, *args, **kwargs)
-        out = kernel.attend(q, k, v)
+        out = attend_flat(name, q, k, v)  # [B, seq_len, heads * head_dim]
         if kwargs.get("skip_output_reshape", False):
-            return out
-        return out.transpose(1, 2).reshape(
-            out.shape[0], out.shape[2], -1
-        )  # [B, seq_len, heads * head_dim]
+            return out.unflatten(2, (heads, -1)).transpose(1, 2)
+        return out
 
+    override.kernel = name
     return override

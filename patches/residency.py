@@ -221,7 +221,8 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
             home = self.masters.homes.get(key)
             if home is not None:
                 self.backup[key] = Backup(home, False)
-        return super().patch_weight_to_device(key, device_to, False, *rest, **named)
+        with torch.inference_mode(False), torch.no_grad():  # else compiled code would start anew
+            return super().patch_weight_to_device(key, device_to, False, *rest, **named)
 
     def pin_weight_to_device(self, key):
         """Pin a weight that stays off the device: the host's way would copy it out of the file."""

@@ -1,8 +1,12 @@
-"""Which attention kernel: a registry in which each says what it can do here, or why it cannot."""
+"""Which attention kernel: measured at the model's own shape, checked against fp32, and never chosen without a reason."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,97 +15,129 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import KernelUnavailable
 from .hardware import Hardware
+from .kernels import KERNELS, AttentionKernel
+from .notebook import recall, remember
 
-HALF = (torch.bfloat16, torch.float16)
-ALL_FLOATS = (torch.float32, *HALF)
+RELATIVE_ERROR = {
+    True: 0.1,
+    False: 0.02,
+}  # at most, against fp32, of kernels that quantise and of those that do not
+COSINE = 0.995  # at least
+WARM_UP, REPEAT = 3, 10
+CHECKED_HEADS = 2  # fp32 attention of all heads would take gigabytes
 
 
 @dataclass(frozen=True)
-class AttentionKernel:
-    """One way to compute attention without a mask.
+class Measurement:
+    """One kernel at one shape.
 
     Attributes:
-        name: what the user calls it.
-        dtypes: of q, k and v that it takes.
-        attend: q, k, v, each [B, num_heads, seq_len, head_dim] (tensor_layout "HND"), to the same shape.
-        unavailable: the reason why it cannot run on some hardware, or None.
-        lossy: whether it quantises.
+        name: the kernel's.
+        ms: median of a call; None if it failed.
+        tflops: what that is in TFLOP/s.
+        relative_error: of its result against fp32, |a - b| / |b|.
+        cosine: between its result and fp32's.
+        problem: why it must not be chosen, or None.
     """
 
     name: str
-    dtypes: tuple[torch.dtype, ...]
-    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-    unavailable: Callable[[Hardware], str | None]
-    lossy: bool = False
+    ms: float | None = None
+    tflops: float | None = None
+    relative_error: float | None = None
+    cosine: float | None = None
+    problem: str | None = None
+
+    def __str__(self) -> str:
+        if self.ms is None:
+            return f"{self.name:16} {self.problem}"
+        figures = f"{self.name:16} {self.ms:7.3f} ms  {self.tflops:5.0f} TFLOP/s  error {self.relative_error:.4f}"
+        return figures + (f"  ({self.problem})" if self.problem else "")
 
 
-def _torch_kernel(
-    backend: SDPBackend,
-) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v)
+def measure_kernels(
+    hardware: Hardware,
+    device: torch.device,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    kernels: Mapping[str, AttentionKernel] = KERNELS,
+) -> list[Measurement]:
+    """Time every kernel that can run, and compare what it computes with attention in fp32.
 
-    return attend
+    Args:
+        hardware: what the device is.
+        device: where to run.
+        shape: of q, k and v: batch, num_heads, seq_len, head_dim.
+        dtype: of q, k and v.
+        kernels: which ones.
 
-
-def _sage(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    from sageattention import sageattn
-
-    return sageattn(q, k, v, tensor_layout="HND", is_causal=False)
-
-
-def _needs_nvidia(minimum: tuple[int, int]) -> Callable[[Hardware], str | None]:
-    def unavailable(hardware: Hardware) -> str | None:
-        if hardware.compute_capability == (0, 0):
-            return f"needs an NVIDIA GPU, this is {hardware.name}"
-        if hardware.compute_capability < minimum:
-            return f"needs compute capability {minimum[0]}.{minimum[1]}, {hardware.name} has {_dotted(hardware)}"
-        return None
-
-    return unavailable
-
-
-def _sage_unavailable(hardware: Hardware) -> str | None:
-    if reason := _needs_nvidia((8, 0))(hardware):
-        return reason
-    version = hardware.package_version("sageattention")
-    if version is None:
-        return "the package sageattention is not installed"
-    if hardware.package_version("triton") is None:
-        return "the package triton is not installed"
-    if hardware.compute_capability == (8, 6) and version.startswith("1."):
-        return f"SageAttention {version} gives NaN on compute capability 8.6"
-    return None
+    Returns:
+        One measurement a kernel that fits, the fastest first, those with a problem last.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(3))
+    with sdpa_kernel(SDPBackend.MATH):
+        head = slice(0, CHECKED_HEADS)
+        expected = F.scaled_dot_product_attention(*(x[:, head].float() for x in (q, k, v)))
+    flop = 4 * shape[0] * shape[1] * shape[2] ** 2 * shape[3]
+    found = [
+        _measure(kernel, (q, k, v), expected, flop)
+        for kernel in kernels.values()
+        if kernel.unavailable(hardware) is None
+        and dtype in kernel.dtypes
+        and shape[-1] in kernel.head_dims
+    ]
+    return sorted(found, key=lambda m: (m.problem is not None, m.ms or math.inf))
 
 
-def _dotted(hardware: Hardware) -> str:
-    return ".".join(map(str, hardware.compute_capability))
+def _measure(
+    kernel: AttentionKernel,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    expected: torch.Tensor,
+    flop: int,
+) -> Measurement:
+    try:
+        out = kernel.attend(*qkv)[:, :CHECKED_HEADS].float()
+        seconds = _time(kernel, qkv)
+    except Exception as error:  # a kernel may fail in ways of its own: then it is not chosen
+        return Measurement(kernel.name, problem=f"failed: {str(error).splitlines()[0]}")
+    relative = float((out - expected).norm() / expected.norm())
+    cosine = float(F.cosine_similarity(out.flatten(), expected.flatten(), dim=0))
+    limit, problem = RELATIVE_ERROR[kernel.lossy], None
+    if not relative <= limit or not cosine >= COSINE:  # NaN is neither
+        problem = f"relative error {relative:.3g} of at most {limit}, cosine {cosine:.4f} of at least {COSINE}"
+    return Measurement(kernel.name, seconds * 1e3, flop / seconds / 1e12, relative, cosine, problem)
 
 
-KERNELS: dict[str, AttentionKernel] = {
-    kernel.name: kernel
-    for kernel in (
-        AttentionKernel("sage", HALF, _sage, _sage_unavailable, lossy=True),
-        AttentionKernel(
-            "cudnn", HALF, _torch_kernel(SDPBackend.CUDNN_ATTENTION), _needs_nvidia((8, 0))
-        ),
-        AttentionKernel(
-            "flash", HALF, _torch_kernel(SDPBackend.FLASH_ATTENTION), _needs_nvidia((8, 0))
-        ),
-        AttentionKernel(
-            "efficient",
-            ALL_FLOATS,
-            _torch_kernel(SDPBackend.EFFICIENT_ATTENTION),
-            _needs_nvidia((5, 0)),
-        ),
-        AttentionKernel("math", ALL_FLOATS, _torch_kernel(SDPBackend.MATH), lambda hardware: None),
-    )
-}
+def _time(kernel: AttentionKernel, qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> float:
+    """Median seconds of a call."""
+
+    def synchronize() -> None:
+        if qkv[0].is_cuda:
+            torch.cuda.synchronize(qkv[0].device)
+
+    seconds = []
+    for _ in range(WARM_UP + REPEAT):
+        synchronize()
+        start = time.perf_counter()
+        kernel.attend(*qkv)
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[WARM_UP:])
 
 
-def _loss(name: str) -> str:
-    return " It quantises, which is slightly lossy." if KERNELS[name].lossy else ""
+def measured_kernels(
+    hardware: Hardware, device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> list[Measurement]:
+    """As `measure_kernels`, remembered for this card, shape, dtype and these versions of torch and the kernels' packages."""
+    versions = ", ".join(f"{package} {version}" for package, version in hardware.packages)
+    key = f"{hardware.name}, torch {torch.__version__}, {versions}, {tuple(shape)}, {dtype}"
+    try:
+        return [Measurement(**fields) for fields in recall("attention", key)]
+    except TypeError:  # none yet, or not ours
+        pass
+    found = measure_kernels(hardware, device, shape, dtype)
+    remember("attention", key, [dataclasses.asdict(measurement) for measurement in found])
+    return found
 
 
 def unavailable_kernels(hardware: Hardware) -> dict[str, str]:
@@ -109,15 +145,24 @@ def unavailable_kernels(hardware: Hardware) -> dict[str, str]:
     return {name: why for name, kernel in KERNELS.items() if (why := kernel.unavailable(hardware))}
 
 
-def select_attention_kernel(choice: str, hardware: Hardware) -> tuple[AttentionKernel | None, str]:
+def select_attention_kernel(
+    choice: str,
+    hardware: Hardware,
+    device: torch.device | None = None,
+    shape: tuple[int, int, int, int] | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[AttentionKernel | None, str]:
     """Decide on a kernel.
 
     Args:
         choice: "auto" or a kernel's name.
-        hardware: the device the model runs on.
+        hardware: what the model runs on.
+        device: what "auto" measures on; these three are needed on a GPU only, see `measure_kernels`.
+        shape: batch, num_heads, seq_len, head_dim.
+        dtype: of q, k and v.
 
     Returns:
-        The kernel, None for the host's own, and one sentence that says why.
+        The kernel, None for the host's own, and a sentence that says why; of "auto" with the table.
 
     Raises:
         KernelUnavailable: a kernel was named that cannot run here.
@@ -131,20 +176,19 @@ def select_attention_kernel(choice: str, hardware: Hardware) -> tuple[AttentionK
         if choice in reasons:
             raise KernelUnavailable({choice: reasons[choice]})
         return KERNELS[choice], f"{choice}: chosen by name, on {hardware.name}.{_loss(choice)}"
-    # Hopper and later: cuDNN measured 1.8x FlashAttention 2 and SageAttention 1 (H200); before: SageAttention's INT8
-    order = (
-        ("cudnn", "sage", "flash")
-        if hardware.compute_capability >= (9, 0)
-        else ("sage", "flash", "efficient")
-    )
-    listed = "; ".join(f"{name}: {why}" for name, why in reasons.items())
-    for name in order:
-        if name not in reasons:
-            return (
-                KERNELS[name],
-                f"{name}: first choice of {', '.join(order)} that runs on {hardware.name}.{_loss(name)}",
-            )
-    return (
-        None,
-        f"host: ComfyUI's own attention stays, as none of Ark's kernels gains here ({listed}).",
-    )
+    if hardware.compute_capability == (0, 0):
+        listed = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+        return None, f"host: ComfyUI's own attention stays, none of Ark's kernels gains on {hardware.name} ({listed})."  # fmt: skip
+    table = measured_kernels(hardware, device, shape, dtype)
+    listed = "\n".join(map(str, table))
+    if not table or table[0].problem:
+        return (
+            None,
+            f"host: ComfyUI's own attention stays, no kernel passed its check here.\n{listed}",
+        )
+    best = table[0].name
+    return KERNELS[best], f"{best}: the fastest of {len(table)} at {tuple(shape)} on {hardware.name}.{_loss(best)}\n{listed}"  # fmt: skip
+
+
+def _loss(name: str) -> str:
+    return " It quantises, which is slightly lossy." if KERNELS[name].lossy else ""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+PACKAGES = ("triton", "sageattention", "sageattn3", "comfy_kitchen", "flash_attn_interface", "flash_attn.cute")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,23 @@ def probe_hardware(device: torch.device | str) -> Hardware:
     nvidia = device.type == "cuda" and torch.version.cuda is not None
     capability = torch.cuda.get_device_capability(device) if nvidia else (0, 0)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    packages = []
-    for package in ("triton", "sageattention"):
-        if importlib.util.find_spec(package) is not None:
-            try:
-                packages.append((package, importlib.metadata.version(package)))
-            except importlib.metadata.PackageNotFoundError:
-                packages.append((package, "unknown"))
-    return Hardware(device.type, name, capability, tuple(packages))
+    found = {package: _version_of(package) for package in PACKAGES}
+    packages = tuple((package, version) for package, version in found.items() if version)
+    return Hardware(device.type, name, capability, packages)
+
+
+def _version_of(package: str) -> str | None:
+    """A package's version, "unknown" if it does not say, None if it is not installed; nothing is imported."""
+    parent, _, module = package.partition(".")
+    spec = importlib.util.find_spec(parent)
+    if spec is None or (module and not _has_submodule(spec, module)):
+        return None
+    names = importlib.metadata.packages_distributions().get(parent, [parent])
+    try:
+        return importlib.metadata.version(names[0])
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _has_submodule(spec: importlib.machinery.ModuleSpec, module: str) -> bool:
+    return any(Path(place, module).is_dir() for place in spec.submodule_search_locations or ())

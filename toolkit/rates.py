@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
-import os
-from pathlib import Path
 
 import torch
 
-from .embedded import cache_folder
+from .notebook import recall, remember
 from .storage import Storage
 
+BOOK = "transfer_rates"
 WORTH_RECORDING = 256 << 20  # bytes; smaller transfers say little
 PROBE = 32 << 20  # bytes of one copy that measures the link
 
@@ -39,10 +36,6 @@ def link_rate(device: torch.device) -> float | None:
     return rate
 
 
-def _book() -> Path:
-    return cache_folder() / "transfer_rates.json"
-
-
 def _key(device: torch.device, storage: Storage) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{name} from {storage.device} {'warm' if storage.warm else 'cold'}"
@@ -63,23 +56,10 @@ def remember_rate(
 
 def _rates(key: str) -> dict[str, float]:
     try:
-        rates = json.loads(_book().read_text(encoding="utf-8"))[key]
-        return {name: float(rate) for name, rate in rates.items() if float(rate) > 0}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or not ours
+        return {name: float(rate) for name, rate in recall(BOOK, key).items() if float(rate) > 0}
+    except (ValueError, TypeError, AttributeError):  # none yet, or not ours
         return {}
 
 
 def _remember(key: str, name: str, rate: float) -> None:
-    try:
-        book = dict(json.loads(_book().read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        book = {}
-    book[key] = {**_rates(key), name: round(rate)}
-    draft = _book().with_suffix(f".{os.getpid()}")
-    try:
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(book, indent=1), encoding="utf-8")
-        os.replace(draft, _book())
-    except OSError:
-        with contextlib.suppress(OSError):
-            draft.unlink()
+    remember(BOOK, key, {**_rates(key), name: round(rate)})

@@ -3,9 +3,16 @@
 import pytest
 import torch
 
-from ark.toolkit.combustion import KERNELS, select_attention_kernel, unavailable_kernels
+from ark.toolkit import combustion
+from ark.toolkit.combustion import (
+    measure_kernels,
+    measured_kernels,
+    select_attention_kernel,
+    unavailable_kernels,
+)
 from ark.toolkit.errors import KernelUnavailable
-from ark.toolkit.hardware import Hardware, probe_hardware
+from ark.toolkit.hardware import PACKAGES, Hardware, probe_hardware
+from ark.toolkit.kernels import KERNELS, AttentionKernel
 
 CPU = Hardware("cpu", "CPU", (0, 0), ())
 HOPPER = Hardware("cuda", "H200", (9, 0), (("triton", "3.6.0"),))
@@ -13,18 +20,9 @@ ADA = Hardware("cuda", "RTX 4090", (8, 9), (("triton", "3.6.0"), ("sageattention
 AMPERE = Hardware("cuda", "RTX 3090", (8, 6), (("triton", "3.6.0"), ("sageattention", "1.0.6")))
 
 
-@pytest.mark.parametrize(
-    "hardware, chosen", [(CPU, None), (HOPPER, "cudnn"), (ADA, "sage"), (AMPERE, "flash")]
-)
-def test_auto(hardware, chosen):
-    kernel, report = select_attention_kernel("auto", hardware)
-    assert (kernel.name if kernel else None) == chosen
-    assert report
-    assert ("lossy" in report) == (chosen == "sage")
-
-
 def test_auto_on_cpu_gives_every_reason():
-    _, report = select_attention_kernel("auto", CPU)
+    kernel, report = select_attention_kernel("auto", CPU)
+    assert kernel is None
     for name, reason in unavailable_kernels(CPU).items():
         assert f"{name}: {reason}" in report
 
@@ -44,6 +42,132 @@ def test_math_kernel_equals_plain_attention():
     expected = torch.softmax(q @ k.mT / 128**0.5, -1) @ v
     out = KERNELS["math"].attend(q.float(), k.float(), v.float())
     assert torch.allclose(out.double(), expected, atol=1e-5)
+
+
+BLACKWELL = Hardware("cuda", "RTX 5090", (12, 0), (("triton", "3.6.0"), ("sageattention", "2.2.0"), ("sageattn3", "1.0")))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("hardware", "runs", "refused"),
+    [
+        (AMPERE, {"flash", "efficient"}, {"sage": "gives NaN", "sage_fp16": "needs SageAttention 2", "cudnn": None}),
+        (ADA, {"sage", "sage_triton", "sage_fp16", "sage_fp8"}, {"sage_fp8_hopper": "9.0 up to below 10.0", "flash3": "9.0"}),
+        (HOPPER, {"cudnn", "flash"}, {"sage": "sageattention is not installed", "kitchen_int8": "comfy_kitchen is not", "flash3": "flash_attn_interface is not"}),
+        (BLACKWELL, {"sage_fp4", "sage"}, {"sage_fp8_hopper": "below 10.0", "flash3": "below 10.0"}),
+    ],
+)  # fmt: skip
+def test_each_kernel_runs_where_it_can_and_says_why_not_elsewhere(hardware, runs, refused):
+    reasons = unavailable_kernels(hardware)
+    assert not runs & reasons.keys()
+    for name, text in refused.items():
+        assert text is None or text in reasons[name], reasons.get(name)
+    for name, reason in reasons.items():
+        with pytest.raises(KernelUnavailable) as refusal:
+            select_attention_kernel(name, hardware)
+        assert reason in str(refusal.value)
+
+
+def test_sage_triton_is_refused_on_cards_where_it_gives_nan_in_every_version():
+    second = Hardware("cuda", "RTX 3090", (8, 6), (("triton", "3.6.0"), ("sageattention", "2.2.0")))
+    assert "NaN" in KERNELS["sage_triton"].unavailable(second)
+    assert KERNELS["sage"].unavailable(second) is None  # dispatches to its CUDA kernel there
+    assert KERNELS["sage_fp16"].unavailable(second) is None
+
+
+def test_comfy_kitchen_needs_a_version_that_has_the_kernel():
+    def on(version):
+        return Hardware("cuda", "H200", (9, 0), (("comfy_kitchen", version),))
+
+    assert KERNELS["kitchen_int8"].unavailable(on("0.2.31")) is None
+    assert "0.1.9 has no" in KERNELS["kitchen_int8"].unavailable(on("0.1.9"))
+
+
+def test_probing_imports_no_optional_package():
+    import subprocess
+    import sys
+
+    code = f"import sys; from ark.toolkit.hardware import probe_hardware; probe_hardware('cpu'); print([p for p in {PACKAGES!r} if p in sys.modules and p != 'triton'])"  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"  # fmt: skip
+
+
+def everywhere(hardware):
+    return None
+
+
+def exact(q, k, v):
+    return KERNELS["math"].attend(q, k, v)
+
+
+def fail(q, k, v):
+    raise RuntimeError("no such instruction\nand a long trace")
+
+
+FAKES = {
+    kernel.name: kernel
+    for kernel in (
+        AttentionKernel("nan", (torch.float32,), lambda q, k, v: exact(q, k, v) * float("nan"), everywhere),
+        AttentionKernel("wrong", (torch.float32,), lambda q, k, v: v, everywhere),
+        AttentionKernel("coarse", (torch.float32,), lambda q, k, v: exact(q, k, v) * 1.05, everywhere, lossy=True),
+        AttentionKernel("careless", (torch.float32,), lambda q, k, v: exact(q, k, v) * 1.05, everywhere),
+        AttentionKernel("broken", (torch.float32,), fail, everywhere),
+        AttentionKernel("exact", (torch.float32,), exact, everywhere),
+        AttentionKernel("elsewhere", (torch.float32,), fail, lambda hardware: "not here"),
+        AttentionKernel("half", (torch.float16,), fail, everywhere),
+        AttentionKernel("narrow", (torch.float32,), fail, everywhere, head_dims=(64,)),
+    )
+}  # fmt: skip
+
+
+def test_a_kernel_that_computes_something_else_is_never_chosen():
+    found = {m.name: m for m in measure_kernels(CPU, torch.device("cpu"), (1, 3, 60, 128), torch.float32, FAKES)}  # fmt: skip
+    assert found.keys() == {"nan", "wrong", "coarse", "careless", "broken", "exact"}
+    good = [name for name, m in found.items() if m.problem is None]
+    assert sorted(good) == ["coarse", "exact"] and list(found)[:2] == good  # those come first
+    assert found["exact"].relative_error < 1e-6 and found["exact"].cosine > 0.9999
+    assert 0.04 < found["coarse"].relative_error < 0.06
+    assert "of at most 0.02" in found["careless"].problem
+    assert found["broken"].problem == "failed: no such instruction"
+    assert "nan" in found["nan"].problem
+    for measurement in found.values():
+        assert measurement.name in str(measurement)
+
+
+def test_auto_takes_the_fastest_that_passed_and_shows_the_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("ARK_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(combustion, "KERNELS", FAKES)
+    monkeypatch.setattr(combustion, "measure_kernels", lambda *a: measure_kernels(*a, FAKES))
+    arguments = (HOPPER, torch.device("cpu"), (1, 3, 60, 128), torch.float32)
+    kernel, report = select_attention_kernel("auto", *arguments)
+    assert kernel.name in ("exact", "coarse")
+    assert report.splitlines()[0].startswith(f"{kernel.name}: the fastest of 6")
+    assert ("lossy" in report.splitlines()[0]) == (kernel.name == "coarse")
+    assert len(report.splitlines()) == 7 and "failed: no such instruction" in report
+
+
+def test_a_measurement_is_remembered_for_this_card_shape_and_versions(tmp_path, monkeypatch):
+    monkeypatch.setenv("ARK_CACHE_DIR", str(tmp_path))
+    count = []
+    monkeypatch.setattr(
+        combustion, "measure_kernels", lambda *a: count.append(a) or measure_kernels(*a, FAKES)
+    )
+    place, shape = torch.device("cpu"), (1, 2, 30, 128)
+    first = measured_kernels(HOPPER, place, shape, torch.float32)
+    again = measured_kernels(HOPPER, place, shape, torch.float32)
+    assert list(map(str, again)) == list(map(str, first)) and len(count) == 1
+    measured_kernels(HOPPER, place, (1, 2, 40, 128), torch.float32)
+    measured_kernels(ADA, place, shape, torch.float32)  # another card with other packages
+    assert len(count) == 3
+    (tmp_path / "attention.json").write_text('{"x"')
+    assert len(measured_kernels(HOPPER, place, shape, torch.float32)) == len(first)
+    assert len(count) == 4
+
+
+@pytest.mark.gpu
+def test_auto_on_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("ARK_CACHE_DIR", str(tmp_path))
+    device, hardware = torch.device("cuda"), probe_hardware("cuda")
+    kernel, report = select_attention_kernel("auto", hardware, device, (1, 24, 1536, 128), torch.bfloat16)  # fmt: skip
+    assert kernel is not None and kernel.name in report and "TFLOP/s" in report
 
 
 @pytest.mark.gpu

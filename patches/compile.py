@@ -1,0 +1,129 @@
+"""torch.compile for the blocks of a ComfyUI model: only while this model's clone runs, and the module tree stays the host's.
+
+One function for the double blocks and one for the single ones serve all of them, so that a Klein has two graphs to compile.
+What a block needs not know (its index, the step's sigmas) is kept from it, so that nothing of that compiles it anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from ..toolkit.compile import MODES, Compiler, compiler, describe
+from ..toolkit.errors import InputError
+from ..toolkit.hardware import Hardware, probe_hardware
+from .guard import OVERRIDE
+
+APPLY_MODEL = "apply_model"  # the host's WrappersMP.APPLY_MODEL
+KEY = "ark_compile"
+CHOICES = ("off", *MODES)
+EAGER_PATCHES = ("attn1_patch", "attn1_output_patch")  # of other nodes, called inside a block
+log = logging.getLogger("ark")
+
+
+def set_compile(model: Any, mode: str) -> tuple[Any, str, Compiler | None]:
+    """Let a clone of a MODEL run its blocks compiled.
+
+    Args:
+        model: the host's ModelPatcher of a FLUX.2 model; it is not changed.
+        mode: "off" (cancels what was set before), or one of torch.compile's modes, see `toolkit.compile.MODES`.
+
+    Returns:
+        The clone, a sentence that says what it does, and the compiler, which counts.
+
+    Raises:
+        InputError: the mode cannot work on this model or machine; says why, and what can.
+    """
+    clone = _static(model)
+    clone.remove_wrappers_with_key(APPLY_MODEL, KEY)
+    if mode == "off":
+        return clone, "compile: off.", None
+    if mode not in CHOICES:
+        raise InputError(f"compile: {mode} is not one of {', '.join(CHOICES)}.", "Choose another.")
+    flux = clone.model.diffusion_model
+    if not (hasattr(flux, "double_blocks") and hasattr(flux, "single_blocks")):
+        raise InputError(f"{type(flux).__name__} has no blocks that Ark compiles.", "Set compile to off.")  # fmt: skip
+    hardware = probe_hardware(clone.load_device)
+    if problem := refusal(mode, hardware, flux):
+        raise InputError(*problem)
+    override = clone.model_options.get("transformer_options", {}).get(OVERRIDE)
+    chosen = compiler(mode, hardware, describe(flux), getattr(override, "kernel", "host"))
+
+    def compiled(executor, *args, **kwargs):
+        module = executor.class_obj.diffusion_model
+        if getattr(executor.class_obj, "model_lowvram", False):
+            log.warning("Ark compile: this model is partly off the card, so it runs uncompiled.")
+            return executor(*args, **kwargs)
+        real = {name: module._modules[name] for name in ("double_blocks", "single_blocks")}
+        try:
+            for name, blocks in real.items():
+                module._modules[name] = torch.nn.ModuleList(
+                    CompiledBlock(block, chosen) for block in blocks
+                )
+            return executor(*args, **kwargs)
+        finally:
+            module._modules.update(real)
+            chosen.keep()
+
+    clone.add_wrapper_with_key(APPLY_MODEL, KEY, compiled)
+    return clone, f"compile: {mode}, block by block, kept in {chosen.cache.parent}.", chosen
+
+
+def refusal(mode: str, hardware: Hardware, flux: torch.nn.Module) -> tuple[str, str] | None:
+    """Why a mode cannot work, and what can; None if it can."""
+    quantised = any(hasattr(weight, "__tensor_flatten__") for weight in flux.parameters())
+    fp8 = quantised or any(weight.dtype.itemsize == 1 for weight in flux.parameters())
+    if fp8 and (0, 0) < hardware.compute_capability < (8, 9):
+        return (
+            f"{hardware.name} cannot compile fp8 weights.",
+            "Use the bf16 file, or set compile to off.",
+        )
+    if mode == "reduce-overhead":
+        if hardware.device_type != "cuda":
+            return f"reduce-overhead records CUDA graphs, this is {hardware.name}.", "Choose default."  # fmt: skip
+        if torch.cuda.get_allocator_backend() == "cudaMallocAsync":
+            return (
+                "reduce-overhead records CUDA graphs, which cudaMallocAsync does not allow.",
+                "Start ComfyUI with --disable-cuda-malloc, or choose default.",
+            )
+    return None
+
+
+class CompiledBlock(torch.nn.Module):
+    """A block of the host that runs compiled where it can.
+
+    Args:
+        block: the host's.
+        compiler: compiles, and counts.
+    """
+
+    def __init__(self, block: torch.nn.Module, compiler: Compiler):
+        super().__init__()
+        self.block = block
+        self.run = compiler(_double if hasattr(block, "img_attn") else _single)
+
+    def forward(self, *args: Any, transformer_options: dict | None = None, **kwargs: Any) -> Any:
+        """As the host's block."""
+        options = transformer_options or {}
+        if any(name in options.get("patches", {}) for name in EAGER_PATCHES):
+            return self.block(*args, transformer_options=options, **kwargs)
+        lean = {OVERRIDE: options[OVERRIDE]} if OVERRIDE in options else {}
+        return self.run(self.block, *args, transformer_options=lean, **kwargs)
+
+
+def _double(block, img, txt, *args, **kwargs):
+    # the host adds to its inputs in place: to copies, which the compiler then leaves out
+    return block(img.clone(), txt.clone(), *args, **kwargs)
+
+
+def _single(block, x, *args, **kwargs):
+    return block(x.clone(), *args, **kwargs)
+
+
+def _static(model: Any) -> Any:
+    """A clone; of a model that the host loads piece by piece while it runs (dynamic VRAM) one that it loads whole."""
+    if getattr(model, "is_dynamic", lambda: False)():
+        return model.clone(disable_dynamic=True)
+    return model.clone()

@@ -1,0 +1,57 @@
+"""A result that is not finite is never handed on while another kernel can do better.
+
+Low-precision kernels can overflow; the picture is black then. NaN and Inf survive every later step, so one look at the
+end of a run sees them all, with one synchronisation a run.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+OVERRIDE = "optimized_attention_override"
+SAMPLER_SAMPLE = "sampler_sample"  # the host's WrappersMP.SAMPLER_SAMPLE
+KEY = "ark_guard"
+log = logging.getLogger("ark")
+
+
+def add_guard(model: Any, kernel: str) -> None:
+    """Repeat a run of a MODEL's clone on the host's own attention if its result is not finite; later runs go there at once.
+
+    Args:
+        model: the host's ModelPatcher, with an attention override.
+        kernel: the override's name, for the message.
+    """
+    failed = False
+
+    def guarded(executor, guider, sigmas, extra_args, *args, **kwargs):
+        nonlocal failed
+        if failed:
+            return executor(guider, sigmas, _without_override(extra_args), *args, **kwargs)
+        samples = executor(guider, sigmas, extra_args, *args, **kwargs)
+        if bool(torch.isfinite(samples).all()):
+            return samples
+        again = executor(guider, sigmas, _without_override(extra_args), *args, **kwargs)
+        if bool(torch.isfinite(again).all()):
+            failed = True
+            log.warning(
+                "Ark attention: %s gave numbers that are not finite. The run was repeated on ComfyUI's own attention, "
+                "which is used from now on. Choose another kernel in ArkSageCombustion.",
+                kernel,
+            )
+        return again
+
+    model.add_wrapper_with_key(SAMPLER_SAMPLE, KEY, guarded)
+
+
+def remove_guard(model: Any) -> None:
+    """Undo `add_guard`."""
+    model.remove_wrappers_with_key(SAMPLER_SAMPLE, KEY)
+
+
+def _without_override(extra_args: dict) -> dict:
+    options = extra_args["model_options"]
+    transformer = {k: v for k, v in options["transformer_options"].items() if k != OVERRIDE}
+    return {**extra_args, "model_options": {**options, "transformer_options": transformer}}

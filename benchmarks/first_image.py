@@ -109,6 +109,7 @@ def trial(loader: str, flags: list[str], args: argparse.Namespace, folder: Path)
             return seconds
 
         first = run(0)
+        time.sleep(8)  # what was loaded is pinned at leisure meanwhile
         loaded = statistics.median(run(number) for number in (1, 2, 3))
         request = urllib.request.Request(
             f"{host.url}/free", json.dumps({"unload_models": True}).encode(), {"Content-Type": "application/json"}

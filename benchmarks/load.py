@@ -61,7 +61,7 @@ def raw_read(path: Path) -> None:
 
 
 def ark_load(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
-    """Header, layout, transfer, views: what the patcher does."""
+    """Header, layout, transfer, views: what the patcher does when nobody else uses the device."""
     file = read_header(path)
     layout = plan_layout(file.entries)
     flat, _ = transfer(file, layout, device)
@@ -224,7 +224,8 @@ def memory(transformer: Path, device: torch.device, loaders: dict, fresh: Callab
 
     def peak(work: Callable[[], object], before: Callable[[], None]) -> float:
         before()
-        pump._ring.clear()
+        while pump._ring:
+            pump.unregister(pump._ring.pop().data_ptr())
         return peak_anonymous(work) + len(pump._ring) * pump.SLOT / 1e9
 
     found = {

@@ -122,7 +122,11 @@ def _report_transfers(opened: str, node_id: str | None, patchers: tuple) -> Call
 
     def lines() -> list[str]:
         pinned = f"Pinned {mmap_pin.pinned() / 1e9:.1f} of at most {mmap_pin.pin_limit() / 1e9:.0f} GB (ARK_PIN_LIMIT_GB)."  # fmt: skip
-        return [opened, *transfers.values(), *([pinned] if transfers else [])]
+        return [
+            opened,
+            *transfers.values(),
+            *([pinned] if transfers and mmap_pin.pin_limit() else []),
+        ]
 
     def tell(report: TransferReport) -> None:
         transfers[report.file] = f"{report}."
@@ -132,7 +136,7 @@ def _report_transfers(opened: str, node_id: str | None, patchers: tuple) -> Call
     for patcher in patchers:
         model = patcher.masters.opened
         model.listeners.append(tell)
-        for report in model.reports.values():  # those that were faster than this
+        for report in list(model.reports.values()):  # those that were faster than this
             tell(report)
     return lines
 

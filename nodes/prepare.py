@@ -19,7 +19,7 @@ from ..toolkit.embedded import preferred
 from ..toolkit.rates import link_rate
 
 DELAY = 1.0  # s; the server comes up first
-PARTS = {"diffusion_models": load_transformer, "text_encoders": load_text_encoder, "vae": load_vae}
+PARTS = {"text_encoders": load_text_encoder, "diffusion_models": load_transformer, "vae": load_vae}
 log = logging.getLogger("ark")
 
 

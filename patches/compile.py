@@ -73,12 +73,17 @@ def set_compile(model: Any, mode: str) -> tuple[Any, str, Compiler | None]:
 
 def refusal(mode: str, hardware: Hardware, flux: torch.nn.Module) -> tuple[str, str] | None:
     """Why a mode cannot work, and what can; None if it can."""
-    quantised = any(hasattr(weight, "__tensor_flatten__") for weight in flux.parameters())
-    fp8 = quantised or any(weight.dtype.itemsize == 1 for weight in flux.parameters())
+    fp8 = any(_is_quantised(weight) or weight.dtype.itemsize == 1 for weight in flux.parameters())
     if fp8 and (0, 0) < hardware.compute_capability < (8, 9):
         return (
             f"{hardware.name} cannot compile fp8 weights.",
             "Use the bf16 file, or set compile to off.",
+        )
+    fixed = [m for m in flux.modules() if any(map(_is_quantised, m.parameters(recurse=False)))]
+    if any(type(module)._apply is torch.nn.Module._apply for module in fixed):
+        return (
+            "This ComfyUI cannot move quantised weights that were compiled.",
+            "Update ComfyUI, use the bf16 file, or set compile to off.",
         )
     if mode == "reduce-overhead":
         if hardware.device_type != "cuda":
@@ -120,6 +125,10 @@ def _double(block, img, txt, *args, **kwargs):
 
 def _single(block, x, *args, **kwargs):
     return block(x.clone(), *args, **kwargs)
+
+
+def _is_quantised(weight: torch.Tensor) -> bool:
+    return hasattr(weight, "__tensor_flatten__")
 
 
 def _static(model: Any) -> Any:

@@ -7,14 +7,17 @@ object patches) is the host's.
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import operator
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+import comfy.model_management
 import comfy.model_patcher
 import torch
+from comfy.cli_args import args
 
 from ..toolkit.ahead import Sending, send, send_ahead, take_ahead, wait_for
 from ..toolkit.errors import TransferFailed
@@ -25,6 +28,8 @@ from .progress import Progress
 
 Backup = collections.namedtuple("Backup", ["weight", "inplace_update"])  # as the host keeps them
 log = logging.getLogger("ark")
+if args.disable_pinned_memory:
+    mmap_pin.forbid()
 
 
 class Masters:
@@ -49,6 +54,7 @@ class Masters:
                 if origin[0].identity in opened.mapped:
                     self.origins[key] = origin
         for file, _ in opened.parts:
+            mmap_pin.hold(file.identity)
             weakref.finalize(self, mmap_pin.forget, file.identity).atexit = False
 
     def at_home(self, module: torch.nn.Module) -> set[str]:
@@ -99,7 +105,13 @@ class Masters:
             sending = send(self.opened, files[group[0]], entries, device)
             travelling[id(sending)] = (sending, keys[group])
         total = sum(sending.layout.nbytes for sending, _ in travelling.values())
-        wait_for((sending for sending, _ in travelling.values()), lambda moved: watch(moved, total))
+        try:
+            sendings = [sending for sending, _ in travelling.values()]
+            wait_for(sendings, lambda moved: watch(moved, total))
+        except BaseException:  # the user's interrupt: what is on its way serves the next run
+            for identity, sending in ahead.items():
+                self.opened.ahead[identity, device] = sending
+            raise
         failure = None
         for sending, names in travelling.values():
             try:
@@ -109,7 +121,10 @@ class Masters:
                 continue
             for key in names:
                 weight = arrived[self.origins[key][1].start]
-                _set(module, key, self.cast(_with_stored(self.homes[key], weight)))
+                if apart and key not in apart and sending in ahead.values():
+                    weight = weight.clone()  # so that the flat buffer goes when those apart do
+                with _lasting(self.homes[key]):
+                    _set(module, key, self.cast(_with_stored(self.homes[key], weight)))
         if failure:
             raise failure
 
@@ -123,6 +138,13 @@ class Masters:
             for key in self.at_home(module):
                 with torch.inference_mode(False):
                     _set(module, key, self.cast(self.homes[key]))
+
+    def make_writable(self, module: torch.nn.Module, key: str) -> None:
+        """Let a weight that lies in read-only pinned memory lie at home again, where writing is private."""
+        now = _stored(operator.attrgetter(key)(module)) if key in self.origins else None
+        flat = self.pinned.get(self.origins[key][0].identity) if now is not None else None
+        if flat is not None and 0 <= now.data_ptr() - flat.data_ptr() < flat.numel():
+            _set(module, key, self.homes[key])
 
     def pin(self, module: torch.nn.Module, key: str, device: torch.device) -> None:
         """Make a weight that is at home a view of its file in pinned memory."""
@@ -162,11 +184,11 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
         for name in ("object_patches", "force_cast_weights", "hook_mode", "is_clip"):
             setattr(made, name, getattr(patcher, name))
         patcher.model.ark_masters = Masters(patcher.model, opened, dtype)
-        made.size = sum(
-            tensor.numel()
-            * (dtype if dtype and tensor.is_floating_point() else tensor.dtype).itemsize
-            for tensor in _weights(patcher.model).values()
-        )
+        if dtype:  # the host would count what the file has
+            made.size = sum(
+                weight.numel() * (dtype if weight.is_floating_point() else weight.dtype).itemsize
+                for weight in _weights(patcher.model).values()
+            )
         return made
 
     @classmethod
@@ -188,16 +210,20 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
         self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False
     ):
         """Load as the host does, after the weights were sent to where it wants them."""
-        if full_load and device_to is not None and device_to.type in self.fast_devices:
+        fast = device_to is not None and device_to.type in self.fast_devices
+        if fast and not full_load:
+            take_ahead(self.masters.opened, device_to)  # there is no room for it
+        if fast and full_load:
             try:
                 with Progress(type(self.model).__name__) as progress:
                     self.masters.send(self.model, device_to, set(self.patches), progress.watch)
                 self._mark_arrived(device_to)
-            except (
-                TransferFailed,
-                RuntimeError,
-            ) as error:  # RuntimeError: CUDA's, out of memory too
+            # RuntimeError is CUDA's, out of memory too
+            except (TransferFailed, RuntimeError) as error:
                 log.warning("Ark igniter: ComfyUI copies the weights itself (%s).", error)
+            except comfy.model_management.InterruptProcessingException:
+                self.detach()  # newer hosts do not, as theirs is no Exception
+                raise
         self.masters.cast_at_home(self.model)
         return super().load(
             device_to,
@@ -208,7 +234,7 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
 
     def _mark_arrived(self, device: torch.device) -> None:
         """Spare the host looking after modules that are complete: it waits for the whole device at each of them."""
-        patched = {key.rpartition(".")[0] for key in (*self.patches, *self.weight_wrapper_patches)}
+        patched = {key.rpartition(".")[0] for key in self.patches}
         for name, module in self.model.named_modules():
             own = list(module.parameters(recurse=False))
             if own and name not in patched and all(weight.device == device for weight in own):
@@ -221,7 +247,8 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
             home = self.masters.homes.get(key)
             if home is not None:
                 self.backup[key] = Backup(home, False)
-        with torch.inference_mode(False), torch.no_grad():  # else compiled code would start anew
+        weight = self.masters.homes.get(key)
+        with _lasting(weight), torch.no_grad():  # else compiled code would start anew
             return super().patch_weight_to_device(key, device_to, False, *rest, **named)
 
     def pin_weight_to_device(self, key):
@@ -230,9 +257,21 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
             return super().pin_weight_to_device(key)
         return self.masters.pin(self.model, key, self.load_device)
 
+    def patch_hook_weight_to_device(self, hooks, combined_patches, key, *rest):
+        """Patch as the host does; it writes in place."""
+        self.masters.make_writable(self.model, key)
+        return super().patch_hook_weight_to_device(hooks, combined_patches, key, *rest)
+
+    def patch_cached_hook_weights(self, cached_weights, key, *rest):
+        """Patch as the host does; it writes in place."""
+        self.masters.make_writable(self.model, key)
+        return super().patch_cached_hook_weights(cached_weights, key, *rest)
+
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         """Unload as the host does, without copying back what the file has."""
         if unpatch_weights and device_to is not None and device_to.type == "cpu":
+            self.eject_model()
+            self.unpatch_hooks()  # it writes into the weights: not into what is at home
             self.masters.recall(self.model)
         return super().unpatch_model(device_to, unpatch_weights=unpatch_weights)
 
@@ -272,6 +311,12 @@ def _with_stored(weight: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
     inner = {name: getattr(weight, name) for name in names}
     moved = {name: stored if t is old else t.to(stored.device) for name, t in inner.items()}
     return type(weight).__tensor_unflatten__(moved, context, weight.shape, weight.stride())
+
+
+def _lasting(weight: torch.Tensor | None) -> contextlib.AbstractContextManager:
+    """Weights outlive the prompt, so they are made outside its inference mode; the host's quantised ones cannot be."""
+    quantised = hasattr(weight, "__tensor_flatten__")
+    return contextlib.nullcontext() if quantised else torch.inference_mode(False)
 
 
 def _set(module: torch.nn.Module, key: str, tensor: torch.Tensor) -> None:

@@ -27,7 +27,7 @@ GLANCE = 0.1  # s between two looks at what is on its way
 _queue = futures.ThreadPoolExecutor(1, "ark-ahead")
 
 
-@dataclass
+@dataclass(eq=False)
 class Sending:
     """Tensors of one file on their way.
 
@@ -39,7 +39,7 @@ class Sending:
 
     layout: Layout
     moved: int = 0
-    arrived: futures.Future[dict[int, torch.Tensor]] = field(default_factory=futures.Future)
+    arrived: futures.Future[dict[int, torch.Tensor]] = field(init=False)
 
     def advance(self, nbytes: int) -> None:
         """Count a piece that has left."""
@@ -108,11 +108,19 @@ def send_ahead(
         if free < ROOM * needed + SPARE:
             return f"{needed / 1e9:.1f} GB would leave too little of the {free / 1e9:.1f} GB that are free"
     for identity, entries in groups.items():
-        opened.ahead[identity, device] = send(opened, files[identity], entries, device, shared=True)
-    timer = threading.Timer(PATIENCE, opened.ahead.clear)
+        sending = send(opened, files[identity], entries, device, shared=True)
+        opened.ahead[identity, device] = sending
+        sending.arrived.add_done_callback(
+            lambda _, key=(identity, device): _wait(opened.ahead, key)
+        )
+    return None
+
+
+def _wait(ahead: dict, key: tuple) -> None:
+    """Give up what has arrived and nobody has taken for long."""
+    timer = threading.Timer(PATIENCE, ahead.pop, (key, None))
     timer.daemon = True
     timer.start()
-    return None
 
 
 def take_ahead(opened: OpenedModel, device: torch.device) -> dict[tuple, Sending]:

@@ -8,6 +8,7 @@ afterwards can reach them.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ _OTHER_FORMATS = {
     ".pth": "pickle checkpoints can run code and are not read",
     ".bin": "pickle checkpoints can run code and are not read",
 }
+log = logging.getLogger("ark")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors$")
 
 
@@ -56,7 +58,10 @@ class OpenedModel:
         """Keep a transfer's report and pass it on."""
         self.reports[report.file] = report
         for listener in self.listeners:
-            listener(report)
+            try:
+                listener(report)
+            except Exception as error:  # the weights have arrived all the same
+                log.warning("Ark igniter: a report was not shown (%s).", error)
 
     def origin_of(self, tensor: torch.Tensor) -> tuple[ModelFile, TensorEntry] | None:
         """The bytes of a file that a tensor is a view of, None if it was computed since."""

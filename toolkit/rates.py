@@ -22,6 +22,13 @@ def link_rate(device: torch.device) -> float | None:
     name = torch.cuda.get_device_name(device)
     if known := _rates(name).get("link"):
         return known
+    with torch.cuda.device(device):
+        rate = _measure(device)
+    _remember(name, "link", rate)
+    return rate
+
+
+def _measure(device: torch.device) -> float:
     source = torch.empty(PROBE, dtype=torch.uint8, pin_memory=True)
     target = torch.empty(PROBE, dtype=torch.uint8, device=device)
     target.copy_(source)
@@ -31,9 +38,7 @@ def link_rate(device: torch.device) -> float | None:
         target.copy_(source, non_blocking=True)
     end.record()
     end.synchronize()
-    rate = 4 * PROBE / (start.elapsed_time(end) * 1e-3)
-    _remember(name, "link", rate)
-    return rate
+    return 4 * PROBE / (start.elapsed_time(end) * 1e-3)
 
 
 def _key(device: torch.device, storage: Storage) -> str:

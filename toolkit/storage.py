@@ -81,9 +81,27 @@ def _cached_share(file: ModelFile) -> float | None:
 
 def available_memory() -> int | None:
     """Bytes that programs can still take without swapping, None where that cannot be asked."""
+    return _memory("MemAvailable:")
+
+
+def total_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or its container's; 0 where that cannot be asked."""
+    limits = [_memory("MemTotal:") or 0]
+    for place in (
+        "memory.max",
+        "memory/memory.limit_in_bytes",
+    ):  # control groups, second and first version
+        try:
+            limits.append(int(Path("/sys/fs/cgroup", place).read_text(encoding="ascii")))
+        except (OSError, ValueError):  # none, or "max"
+            continue
+    return min(limits)
+
+
+def _memory(entry: str) -> int | None:
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
+            if line.startswith(entry):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass

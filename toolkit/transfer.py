@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,7 +62,7 @@ def transfer(
         file: whose bytes.
         layout: which ones, and where to.
         device: "cuda", or "cpu" for a copy in memory.
-        advance: called with the bytes of each piece as it leaves, from any thread.
+        advance: called with the bytes of each piece as it leaves.
         shared: others use the device in the meantime, and must not be held up.
 
     Returns:
@@ -82,8 +81,8 @@ def transfer(
         if reason is None:
             start, fresh = time.perf_counter(), not path.ready(file, layout)
             try:
-                path.copy(file, layout, target, storage, _locked(advance))
-            except TransferFailed as error:
+                path.copy(file, layout, target, storage, advance)
+            except (TransferFailed, OSError) as error:
                 reason = str(error)
             else:
                 seconds = time.perf_counter() - start
@@ -131,13 +130,3 @@ def ranked_paths(
 
     ranked = sorted(PATHS.values(), key=lambda path: rate_of(path)[0], reverse=True)
     return [(path, rate_of(path)[1]) for path in ranked]
-
-
-def _locked(advance: Callable[[int], None]) -> Callable[[int], None]:
-    lock = threading.Lock()
-
-    def one_at_a_time(nbytes: int) -> None:
-        with lock:
-            advance(nbytes)
-
-    return one_at_a_time

@@ -163,6 +163,9 @@ with torch.inference_mode():
         for weight in model.model.parameters()
     ]
     found["offloaded_pinned"] = [sum(inside), len(inside), len(model.pinned)]
+    model.masters.make_writable(model.model, KEY)  # as before a hook writes into it
+    now = dict(model.model.named_parameters())[KEY]
+    found["writable_again"] = now.data_ptr() == model.masters.homes[KEY].data_ptr()
     x, sigma = torch.randn(1, 128, 4, 4), torch.ones(1)
     context = torch.randn(1, 32, 192)
     partly = model.model.apply_model(x, sigma, c_crossattn=context)
@@ -184,6 +187,7 @@ with torch.inference_mode():
             model, _ = load_transformer(fp8)
             results.append(sample(model))
             homes = [home(model)]
+            sizes = [model.model_size(), comfy.model_management.module_size(model.model)]
             comfy.model_management.unload_all_models()
             homes.append(home(model))
             results.append(sample(model))
@@ -197,6 +201,7 @@ with torch.inference_mode():
             "same": [torch.equal(a, b) for a, b in zip(by_host, by_ark, strict=True)],
             "stays": torch.equal(by_ark[0], by_ark[1]) and torch.equal(by_ark[0], by_ark[3]),
             "homes": homes,
+            "sizes": sizes,
             "differs": not torch.equal(by_ark[0], expected),
         }
 
@@ -216,6 +221,17 @@ with torch.inference_mode():
         found["vae_home"] = [*found.get("vae_home", []), home(vae.patcher)]
     found["vae_same"] = torch.equal(*decoded)
     comfy.model_management.vae_dtype = real
+
+    # the user stops while weights are on their way; the next run has them
+    model, _ = load_transformer(KLEIN)
+    comfy.model_management.interrupt_current_processing(True)
+    try:
+        sample(model)
+        found["interrupted"] = False
+    except comfy.model_management.InterruptProcessingException:
+        found["interrupted"] = len(model.masters.opened.ahead)
+    found["after_interrupt"] = torch.equal(sample(model), expected)
+    comfy.model_management.unload_all_models()
 
     # the loader's node hears of transfers that end after it
     model, _ = load_transformer(KLEIN)

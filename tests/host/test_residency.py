@@ -69,7 +69,7 @@ def test_what_stays_off_the_device_is_pinned_in_its_file(found):
     inside, weights, by_the_host = found["offloaded_pinned"]
     assert inside > 0.5 * weights  # norms and the like stay whole; none was copied for pinning
     assert by_the_host == 0
-    assert found["offloaded_same"]
+    assert found["offloaded_same"] and found["writable_again"]
     assert found["home_after_offloading"][0] == found["home_after_offloading"][1]
 
 
@@ -99,7 +99,13 @@ def test_the_tokenizer_is_built_before_it_is_needed_and_only_once(found):
 def test_quantised_weights_come_from_their_file_and_return_to_it(found, form):
     quantised = found["quantised"][form]
     assert all(quantised["same"]), quantised  # plain, reloaded, with LoRA, without it again
+    assert quantised["sizes"][0] == quantised["sizes"][1]  # what the host plans with
     assert quantised["stays"] and quantised["differs"]
     loaded, unloaded, after_lora = quantised["homes"]
     assert loaded[0] == 0 and loaded[1] > 30
     assert unloaded[0] == after_lora[0] == unloaded[1]
+
+
+def test_stopping_while_weights_travel_loses_nothing(found):
+    assert found["interrupted"] == 1  # still on their way
+    assert found["after_interrupt"]

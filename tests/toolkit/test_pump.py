@@ -139,6 +139,24 @@ def test_what_came_another_way_is_pinned_at_leisure(file, monkeypatch, needed):
     assert mmap_pin.is_pinned(model, layout) == needed == bool(pins.ranges)
 
 
+def test_two_files_that_do_not_fit_together_do_not_push_each_other_out(file, monkeypatch, tmp_path):
+    model, tensors = file
+    save_file(tensors, tmp_path / "other.safetensors")
+    other = read_header(tmp_path / "other.safetensors")
+    pins = Pins(monkeypatch)
+    monkeypatch.setattr(mmap_pin, "LEISURE", 0.0)
+    monkeypatch.setattr(mmap_pin, "PAUSE", 0.001)
+    monkeypatch.setattr(mmap_pin, "pin_limit", lambda: int(1.5 * model.size))
+    before = threading.active_count()
+    for one in (model, other):
+        mmap_pin.pin_at_leisure(one, plan_layout(one.entries), torch.device("cuda"), lambda: 1)
+        while threading.active_count() > before:
+            time.sleep(0.01)
+    assert mmap_pin.is_pinned(model, plan_layout(model.entries))
+    assert other.identity not in mmap_pin._pinned
+    assert sum(pins.ranges.values()) >= model.size
+
+
 @pytest.mark.parametrize("device", [CUDA])
 def test_pinned_for_good(file, device):
     model, tensors = file

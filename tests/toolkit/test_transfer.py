@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from ark.toolkit import storage
 from ark.toolkit.errors import ModelFileError, TransferFailed
 from ark.toolkit.header import TensorEntry, read_header
 from ark.toolkit.layout import ALIGNMENT, KEEP, plan_layout
@@ -153,6 +154,27 @@ def test_paths_are_ranked_by_what_was_measured(file, monkeypatch):
     ]  # what is pinned already has only the link to wait for
 
 
+def test_nobody_is_disturbed_on_a_device_that_others_use(file):
+    model, _ = file
+    layout = plan_layout(model.entries)
+    ranked = ranked_paths(model, layout, CPU, WARM, 50e9, shared=True)
+    assert [path.name for path, _ in ranked] == ["stream", "mmap_pin"]
+    assert ranked[1][1].startswith("disturbs")
+
+
+def test_an_error_of_reading_lets_the_next_path_try(file, monkeypatch):
+    def fail(*_):
+        raise OSError(22, "Invalid argument")
+
+    model, tensors = file
+    broken = replace(PATHS["stream"], name="broken", copy=fail, expected=1.0)
+    monkeypatch.setattr("ark.toolkit.transfer.PATHS", {"broken": broken, "stream": PATHS["stream"]})
+    layout = plan_layout(model.entries)
+    flat, report = transfer(model, layout, CPU)
+    assert report.path == "stream" and "not broken: [Errno 22]" in report.why
+    assert all(same(view, tensors[name]) for name, view in layout.views(flat).items())
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "3", '{"cpu from 8:1 warm": 4}', '{"cpu from 8:1 warm": {"stream": "x"}}'],
@@ -191,21 +213,42 @@ def test_what_is_forgotten_during_a_load_is_unpinned_after_it(monkeypatch):
 
     first, second = Mapping(), Mapping()
     monkeypatch.setattr(mmap_pin, "_pinned", {(1,): first, (2,): second})
+    for identity in ((1,), (1,), (2,)):
+        mmap_pin.hold(identity)
+    mmap_pin.forget((1,))
+    assert not first.closed  # another model needs it
     mmap_pin.forget((1,))
     assert first.closed
     with mmap_pin._lock:  # as the loading thread holds it when the garbage collector comes by
         mmap_pin.forget((2,))
         assert not second.closed
-        mmap_pin._unpin_forgotten()
-    assert second.closed and not mmap_pin._forgotten
+        mmap_pin._settle()
+    assert second.closed and not mmap_pin._news
 
 
-def test_what_may_be_pinned_is_limited(monkeypatch):
+def test_what_may_be_pinned_is_limited(monkeypatch, caplog):
     assert mmap_pin.pin_limit() > 1 << 30
     monkeypatch.setenv("ARK_PIN_LIMIT_GB", "1.5")
     assert mmap_pin.pin_limit() == 1_500_000_000
-    monkeypatch.setenv("ARK_PIN_LIMIT_GB", "much")
-    assert mmap_pin.pin_limit() > 1 << 30
+    for nonsense in ("much", "inf"):
+        monkeypatch.setenv("ARK_PIN_LIMIT_GB", nonsense)
+        assert mmap_pin.pin_limit() > 1 << 30
+        assert f"ARK_PIN_LIMIT_GB={nonsense} is not a number" in caplog.text
+    monkeypatch.setattr(mmap_pin, "_forbidden", True)
+    assert mmap_pin.pin_limit() == 0
+
+
+def test_a_container_has_less_memory_than_the_machine(monkeypatch):
+    machine, real = storage.total_memory(), storage.Path.read_text
+    assert machine > 1 << 30
+
+    def read_text(path, **kwargs):
+        if str(path) == "/sys/fs/cgroup/memory.max":
+            return "1000000000\n"
+        return real(path, **kwargs)
+
+    monkeypatch.setattr(storage.Path, "read_text", read_text)
+    assert storage.total_memory() == 1_000_000_000
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -24,7 +24,7 @@ class TransferPath:
         unavailable: why it cannot bring this file to this device, or None.
         ready: whether a layout's bytes are prepared for it already, so that nothing but the link holds them up.
         copy: fills a flat buffer [layout.nbytes] uint8 on the device and returns when it is filled; calls `advance`
-            with the bytes of each piece, from any thread. Raises TransferFailed (another path may serve) or
+            with the bytes of each piece. Raises TransferFailed (another path may serve) or
             ModelFileError (none can).
     """
 

@@ -8,7 +8,6 @@ with no second copy in memory. What may be pinned in all is limited.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import mmap
@@ -16,7 +15,7 @@ import os
 import sys
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 
 import torch
@@ -24,7 +23,7 @@ import torch
 from ..errors import TransferFailed
 from ..header import ModelFile
 from ..layout import Layout, Run
-from ..storage import Storage, probe_storage
+from ..storage import Storage, probe_storage, total_memory
 from .pump import pump, register, unregister
 
 WINDOW = 128 << 20  # bytes
@@ -36,7 +35,11 @@ SHARE = 0.5  # of the machine's memory that may be pinned, unless ARK_PIN_LIMIT_
 _pinned: OrderedDict[tuple, PinnedMapping] = OrderedDict()  # by identity, last used at the end
 log = logging.getLogger("ark")
 _lock = threading.Lock()  # one load at a time has the link, and the table of mappings
-_forgotten: deque[tuple] = deque()  # identities to unpin when the lock is free
+_holders: Counter[tuple] = Counter()  # how many models need a file
+_news: deque[tuple[tuple, int]] = (
+    deque()
+)  # identities with one holder more (1) or less (-1), for when the lock is free
+_forbidden = False
 
 
 class PinnedMapping:
@@ -103,12 +106,24 @@ def _writable_alias(mapped: mmap.mmap) -> ctypes.Array:
     return alias
 
 
+def forbid() -> None:
+    """Pin nothing from now on: the user does not want pinned memory."""
+    global _forbidden
+    _forbidden = True
+
+
 def pin_limit() -> int:
-    """How many bytes may be pinned in all: ARK_PIN_LIMIT_GB, else half of the machine's memory."""
+    """How many bytes may be pinned in all: ARK_PIN_LIMIT_GB, else half of the memory that this process may use."""
+    if _forbidden:
+        return 0
     if chosen := os.environ.get("ARK_PIN_LIMIT_GB"):
-        with contextlib.suppress(ValueError):
+        try:
             return int(float(chosen) * 1e9)
-    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * SHARE)
+        except (ValueError, OverflowError):
+            log.warning(
+                "Ark: ARK_PIN_LIMIT_GB=%s is not a number of gigabytes; it is ignored.", chosen
+            )
+    return int(total_memory() * SHARE)
 
 
 def pinned() -> int:
@@ -158,7 +173,7 @@ def copy(
         try:
             pump(file, layout, target, advance, threads=threads, mapping=mapping)
         finally:
-            _unpin_forgotten()
+            _settle()
 
 
 def pin_at_leisure(
@@ -178,13 +193,16 @@ def pin_at_leisure(
     def work() -> None:
         for window in sorted({window for run in layout.runs for window in windows_of(run)}):
             with _lock:
-                if user() is None or unavailable(file, device, probe_storage(file)):
-                    return
                 try:
+                    others = pinned() - (_pinned[file.identity].pinned_bytes if file.identity in _pinned else 0)  # fmt: skip
+                    if user() is None or unavailable(file, device, probe_storage(file)) or file.size + others > pin_limit():  # fmt: skip
+                        return
                     _mapping(file).pin(window)
                 except TransferFailed as error:
                     log.info("Ark igniter: %s is not pinned (%s).", file.path.name, error)
                     return
+                finally:
+                    _settle()
             time.sleep(PAUSE)
 
     if device.type == "cuda":
@@ -194,15 +212,23 @@ def pin_at_leisure(
 
 
 def pinned_bytes(file: ModelFile, device: torch.device) -> torch.Tensor | None:
-    """A file's bytes, [size] uint8, pinned in one piece for a device; read-only memory. None where that cannot be."""
+    """A file's bytes, [size] uint8, pinned in one piece for a device; read-only memory. None where that cannot be.
+
+    Raises:
+        ModelFileError: the file is no longer the one whose header was read.
+    """
     if unavailable(file, device, probe_storage(file)):
         return None
     with _lock:
-        mapping = _mapping(file)
         try:
+            mapping = _mapping(file)
+            file.check_unchanged()  # so the bytes belong to the header
             mapping.pin_whole()
-        except TransferFailed:
+        except TransferFailed as error:
+            log.warning("Ark igniter: %s is not pinned (%s).", file.path.name, error)
             return None
+        finally:
+            _settle()
         return mapping.bytes
 
 
@@ -217,21 +243,30 @@ def _mapping(file: ModelFile) -> PinnedMapping:
     return mapping
 
 
+def hold(identity: tuple) -> None:
+    """Say that a model needs a file; `forget` takes it back."""
+    _news.append((identity, 1))
+
+
 def forget(identity: tuple) -> None:
-    """Unpin a file that no model needs any more: at once, or when the load that is going on has ended.
+    """Say that a model needs a file no more: without any, it is unpinned, at once or when the load that is going on has ended.
 
     Called by the garbage collector, at any moment and in any thread, also in the one that is loading.
     """
-    _forgotten.append(identity)
-    while _forgotten and _lock.acquire(blocking=False):
+    _news.append((identity, -1))
+    while _news and _lock.acquire(blocking=False):
         try:
-            _unpin_forgotten()
+            _settle()
         finally:
             _lock.release()
 
 
-def _unpin_forgotten() -> None:
-    """Close what was forgotten; the caller holds the lock."""
-    while _forgotten:
-        if mapping := _pinned.pop(_forgotten.popleft(), None):
-            mapping.close()
+def _settle() -> None:
+    """Unpin what nobody holds; the caller has the lock."""
+    while _news:
+        identity, change = _news.popleft()
+        _holders[identity] += change
+        if _holders[identity] <= 0:
+            del _holders[identity]
+            if change < 0 and (mapping := _pinned.pop(identity, None)):
+                mapping.close()

@@ -7,6 +7,8 @@ the file itself in the meantime, pinning window after window. They meet where th
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import mmap
 import os
 import threading
@@ -25,11 +27,12 @@ from ..layout import Layout, Run
 SLOT = 8 << 20  # bytes of pinned memory that one read fills
 PAGE = mmap.PAGESIZE  # what O_DIRECT wants offsets, lengths and addresses to be multiples of
 PIECE = SLOT - 2 * PAGE  # bytes of one read; room is left for the pages that it begins and ends in
-_ring: list[torch.Tensor] = []  # pinned slots, kept for the next load
+_ring: list[torch.Tensor] = []  # pinned slots, kept for the next load: up to 256 MB
 _ring_lock = threading.Lock()
+log = logging.getLogger("ark")
 
 
-class Mapping(Protocol):
+class PinnedSource(Protocol):
     """What the pump asks of a mapped file."""
 
     def pinned_pieces(self, run: Run) -> list[tuple[torch.Tensor, Run]]:
@@ -43,7 +46,7 @@ def pump(
     advance: Callable[[int], None],
     *,
     threads: int,
-    mapping: Mapping | None = None,
+    mapping: PinnedSource | None = None,
     direct: bool = False,
 ) -> None:
     """Fill a buffer.
@@ -161,17 +164,22 @@ def _read_all(
     """One thread's work: the last piece that nobody has taken, again and again."""
     try:
         with _open(file, direct) as source:
-            while pieces:
-                run = pieces.pop()
+            while run := _take_last(pieces):
                 slot = free.get()
                 if slot is None:
                     break
                 filled.put((_read(file, source, run, slot), run, slot))
-    except IndexError:
-        pass  # another thread took the last one
     except Exception as error:
         filled.put(error)
     filled.put(None)
+
+
+def _take_last(pieces: deque[Run]) -> Run | None:
+    """The last piece, None when nothing is left; another thread may be faster at any moment."""
+    try:
+        return pieces.pop()
+    except IndexError:
+        return None
 
 
 def _borrow(pinned: bool) -> torch.Tensor:
@@ -198,12 +206,18 @@ def register(address: int, nbytes: int, flags: int = 0) -> None:
         TransferFailed: CUDA would not.
     """
     if code := int(torch.cuda.cudart().cudaHostRegister(address, nbytes, flags)):
+        with contextlib.suppress(
+            RuntimeError
+        ):  # CUDA keeps the error, and would raise it at some later kernel
+            torch.ones(1, device="cuda").add_(1)
+            torch.cuda.synchronize()
         raise TransferFailed(f"CUDA would not pin {nbytes >> 20} MB (error {code})")
 
 
 def unregister(address: int) -> None:
     """Undo `register`."""
-    torch.cuda.cudart().cudaHostUnregister(address)
+    if code := int(torch.cuda.cudart().cudaHostUnregister(address)):
+        log.warning("Ark igniter: CUDA would not unpin memory (error %d).", code)
 
 
 def _open(file: ModelFile, direct: bool) -> FileIO:

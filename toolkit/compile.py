@@ -51,10 +51,11 @@ class Compiler:
     def __call__(self, function: Callable) -> Callable:
         """The compiled function; the same one for the same function."""
         if function not in self._compiled:
-            self._compiled[function] = torch.compile(function, backend=self._backend, dynamic=True)
+            self._compiled[function] = torch.compile(function, backend=self.backend, dynamic=True)
         return self._compiled[function]
 
-    def _backend(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+    def backend(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        """What torch.compile calls with each graph."""
         from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx
 

@@ -1,0 +1,145 @@
+"""Attention kernel and compiled blocks of a diffusers transformer: on the object, removable, the library untouched."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..toolkit.architecture import HEAD_DIM
+from ..toolkit.combustion import select_attention_kernel
+from ..toolkit.compile import MODES, Compiler, compiler, describe
+from ..toolkit.errors import InputError
+from ..toolkit.hardware import probe_hardware
+from ..toolkit.kernels import KERNELS
+from ..toolkit.kernels.op import attend_flat
+
+DISPATCH = "dispatch_attention_fn"  # what diffusers' processors call, by this name
+log = logging.getLogger("ark")
+
+
+class Combustion:
+    """What was set on a transformer; `remove` takes it off again. Also a context manager.
+
+    Attributes:
+        report: which kernel, why, and how the blocks are compiled.
+        compiler: counts what is compiled; None if nothing is.
+    """
+
+    def __init__(self, transformer: torch.nn.Module):
+        self.report, self.compiler = "", None
+        self._transformer = transformer
+        self._processors: dict[str, Any] = {}
+
+    def remove(self) -> None:
+        """Restore the processors and the uncompiled blocks; harmless when done twice."""
+        for name, processor in self._processors.items():
+            self._transformer.get_submodule(name).processor = processor
+        self._processors.clear()
+        if self.compiler:
+            self.compiler.keep()
+            for block in _repeated(self._transformer):
+                block._compiled_call_impl = None
+            self.compiler: Compiler | None = None
+
+    def __enter__(self) -> Combustion:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def ignite(transformer: torch.nn.Module, attention: str = "auto", compile: str = "off") -> Combustion:  # fmt: skip
+    """Give a diffusers transformer an attention kernel, and let its blocks run compiled.
+
+    Args:
+        transformer: a FLUX.2 transformer of diffusers, on the device that it will run on.
+        attention: "auto", a kernel's name, or "none" for diffusers' own.
+        compile: "off", or one of torch.compile's modes, see `toolkit.compile.MODES`.
+
+    Returns:
+        What was set; keep it to remove it.
+
+    Raises:
+        KernelUnavailable: a kernel was named that cannot run here.
+        InputError: the mode is none, or the transformer has no repeated blocks.
+    """
+    if compile not in ("off", *MODES):
+        raise InputError(f"compile: {compile} is not one of off, {', '.join(MODES)}.", "Choose another.")  # fmt: skip
+    set_on = Combustion(transformer)
+    weight = next(transformer.parameters())
+    hardware, kernel = probe_hardware(weight.device), None
+    if attention != "none":
+        heads = getattr(transformer.config, "num_attention_heads", 24)
+        shape = (1, heads, 4096 + 512, HEAD_DIM)  # 1024x1024 and a full prompt
+        kernel, set_on.report = select_attention_kernel(attention, hardware, weight.device, shape, weight.dtype)  # fmt: skip
+    if kernel:
+        for name, module in transformer.named_modules():
+            processor = getattr(module, "processor", None)
+            if processor is not None and DISPATCH in type(processor).__call__.__code__.co_names:
+                set_on._processors[name] = processor
+                module.processor = _with_kernel(processor, kernel.name)
+    if compile != "off":
+        if not _repeated(transformer):
+            raise InputError(f"{type(transformer).__name__} names no repeated blocks.", "Set compile to off.")  # fmt: skip
+        set_on.compiler = compiler(compile, hardware, describe(transformer), kernel.name if kernel else "diffusers")  # fmt: skip
+        transformer.compile_repeated_blocks(backend=set_on.compiler.backend, dynamic=True)
+        set_on.report += f"\ncompile: {compile}, block by block."
+    log.info("Ark attention %s", set_on.report)
+    return set_on
+
+
+def _repeated(transformer: torch.nn.Module) -> list[torch.nn.Module]:
+    """The blocks that diffusers itself compiles one by one."""
+    names = getattr(transformer, "_repeated_blocks", None) or ()
+    return [module for module in transformer.modules() if type(module).__name__ in names]
+
+
+def _with_kernel(processor: Any, kernel: str) -> Any:
+    """A copy of a processor that runs the same code, with attention by a kernel."""
+    kind = _processor_class(type(processor), kernel)
+    made = kind.__new__(kind)
+    made.__dict__.update(processor.__dict__)
+    return made
+
+
+@functools.lru_cache
+def _processor_class(kind: type, kernel: str) -> type:
+    """A processor's class whose own code finds another function under the dispatcher's name."""
+    own = kind.__call__
+    names = {**own.__globals__, DISPATCH: _dispatcher(own.__globals__[DISPATCH], kernel)}
+    del names["__name__"]  # torch.compile would look the names up in the library's module
+    call = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    call.__kwdefaults__ = own.__kwdefaults__
+    return type(f"Ark{kind.__name__}", (kind,), {"__call__": call})
+
+
+def _dispatcher(own: Callable, name: str) -> Callable:
+    """Diffusers' dispatcher for what the kernel was built for; all else goes to diffusers' own."""
+    kernel = KERNELS[name]
+
+    def dispatch(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        # query, key, value: [B, seq_len, heads, head_dim]
+        fits = (
+            attn_mask is None
+            and options.get("parallel_config") is None
+            and query.shape[2] == key.shape[2]
+            and query.dtype in kernel.dtypes
+            and any(query.shape[3] == size for size in kernel.head_dims)
+        )
+        if not fits:
+            return own(query, key, value, attn_mask=attn_mask, **options)
+        out = attend_flat(name, *(x.transpose(1, 2) for x in (query, key, value)))
+        return out.unflatten(2, (query.shape[2], query.shape[3]))
+
+    return dispatch

@@ -1,0 +1,171 @@
+"""Four steps with attention kernels and compiled blocks: `python benchmarks/combustion.py --comfyui DIR`.
+
+One process with ComfyUI's real model object, Klein 4B's true shapes with random weights, 1024x1024, bf16: ComfyUI as it is,
+its own TorchCompileModel, Ark's attention alone, and Ark's attention with compiled blocks, in turns. The first call of each
+compiled one is timed, too; a second process (`--again`, started by the first) shows what the compile cache saves, and counts
+what new sizes and LoRAs compile anew. Needs a GPU and 8 GB of disk; `--tiny` runs it with the embedded model, on a CPU too,
+to test the benchmark itself (then nothing is recorded).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--comfyui", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, help="where the file is made (default: temporary)")
+    parser.add_argument("--repeat", type=int, default=20)
+    parser.add_argument("--mode", default="default")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--again", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def host(comfyui: Path) -> None:
+    """Make the host's modules importable, as its main does; Ark's own come after them."""
+    sys.argv = sys.argv[:1]
+    sys.path.insert(0, str(comfyui))
+    import torch
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()
+
+
+class Case:
+    """One model to sample with, and how long its first call took."""
+
+    def __init__(self, model: object, size: int, width: int):
+        self.model, self.size, self.width = model, size, width
+        self.first = self.seconds(0)
+
+    def seconds(self, seed: int, size: int | None = None) -> float:
+        """Four steps, to the last kernel's end."""
+        import torch
+
+        from ark.patches.sampling import sample_klein
+
+        side = (size or self.size) // 16
+        generator = torch.Generator().manual_seed(seed)
+        positive = [[torch.randn(1, 512, self.width, generator=generator), {"pooled_output": None}]]
+        latent = {"samples": torch.zeros(1, 128, side, side)}
+        start = time.perf_counter()
+        samples = sample_klein(self.model, positive, latent, seed, 4, 1.0)["samples"]
+        samples.cpu()  # waits
+        return time.perf_counter() - start
+
+
+def load(args: argparse.Namespace, folder: Path) -> tuple[object, int, int]:
+    """The MODEL, the picture's size in px, the conditioning's width."""
+    from ark.benchmarks.models import transformer_shapes, write_random
+    from ark.patches.transformer import load_transformer
+    from ark.toolkit.embedded import ASSETS
+
+    path = ASSETS / "diffusion_models" / "ark_tiny_klein.safetensors"
+    if not args.tiny:
+        path = folder / "flux-2-klein-4b.safetensors"
+        if not path.exists():
+            write_random(path, transformer_shapes())
+    model, dims = load_transformer(path)
+    return model, 256 if args.tiny else 1024, dims.context_dim
+
+
+def again(args: argparse.Namespace, folder: Path) -> dict:
+    """A second process: the first compiled image, then what new sizes and LoRAs compile."""
+    import torch
+
+    from ark.patches.attention import set_attention
+    from ark.patches.compile import set_compile
+
+    model, size, width = load(args, folder)
+    patched, _, compiler = set_compile(set_attention(model, "auto")[0], args.mode)
+    case = Case(patched, size, width)
+    before = compiler.graphs
+    for other in (size - 64, size // 2, size + 64):
+        case.seconds(1, other)
+    key = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+    shape = model.model.state_dict()[key].shape
+    for strength in (1.0, 0.5):
+        with_lora = patched.clone()
+        with_lora.add_patches({key: ("diff", (torch.randn(shape) * 0.01,))}, strength)
+        Case(with_lora, size, width)
+    return {"first": case.first, "anew": compiler.graphs - before}
+
+
+def main() -> None:
+    args = arguments()
+    host(args.comfyui)
+    import torch
+
+    if not args.tiny and not torch.cuda.is_available():
+        raise SystemExit("this needs a GPU; --tiny tests the script itself")
+    if args.again:
+        with torch.inference_mode():
+            found = again(args, args.again)
+        (args.again / "again.json").write_text(json.dumps(found))
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as name, torch.inference_mode():
+        rows = measure(args, Path(name))
+    for item in rows:
+        print(item)
+    if args.tiny:
+        return
+    from ark.benchmarks.record import bar_chart, write_record
+
+    known = (args.comfyui / "comfyui_version.py").read_text(encoding="utf-8").split('"')[-2]
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "comfyui": known}
+    card = torch.cuda.get_device_name()
+    print(write_record("combustion", card, versions, rows))
+    print(bar_chart("combustion", f"Klein 4B, bf16, 1024x1024, ms ({card}), shorter is better", rows))  # fmt: skip
+
+
+def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
+    """The cases in turns, then the second process."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    from ark.benchmarks.record import row
+    from ark.patches.attention import set_attention
+    from ark.patches.compile import set_compile
+
+    model, size, width = load(args, folder)
+    attention, report = set_attention(model, "auto")
+    print(report)
+    compiled, _, _ = set_compile(attention, args.mode)
+    theirs = model.clone()  # as the node TorchCompileModel does
+    skip = {"guard_filter_fn": lambda guards: ["transformer_options" not in g.name for g in guards]}
+    set_torch_compile_wrapper(model=theirs, backend="inductor", options=skip)
+    models = {"comfyui_static": model, "ark_attention": attention, "ark_compiled": compiled, "comfyui_compile": theirs}  # fmt: skip
+    cases = {}
+    for name, patched in models.items():
+        cases[name] = Case(patched, size, width)
+        print(f"{name}: first call {cases[name].first:.2f} s", flush=True)
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(args.repeat):
+        for name in list(cases)[:: 1 if turn % 2 == 0 else -1]:
+            times[name].append(1e3 * cases[name].seconds(turn))
+    median = {name: statistics.median(values) for name, values in times.items()}
+    print({name: round(value, 1) for name, value in median.items()}, flush=True)
+    command = [sys.executable, __file__, "--comfyui", args.comfyui, "--again", folder, "--mode", args.mode]  # fmt: skip
+    subprocess.run([str(p) for p in command] + ["--tiny"] * args.tiny, check=True)
+    second = json.loads((folder / "again.json").read_text())
+    peers = {name: median[name] for name in ("comfyui_static", "comfyui_compile")}
+    note = f"new sizes and LoRAs compiled {second['anew']} graphs anew"
+    return [
+        row("attention_only", median["ark_attention"], "ms", args.repeat, peers),
+        row("attention_compile", median["ark_compiled"], "ms", args.repeat, peers),
+        row("second_process_first_image", 1e3 * second["first"], "ms", 1,
+            {"first_process": 1e3 * cases["ark_compiled"].first, "comfyui_compile": 1e3 * cases["comfyui_compile"].first}, note=note),
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

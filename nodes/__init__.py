@@ -12,6 +12,7 @@ from ..toolkit.embedded import cache_folder, embedded_folders
 from .combustion import ArkSageCombustion
 from .load import ArkFastLoader
 from .prepare import prepare_in_background
+from .prewarm import ArkPrewarm
 from .sample import ArkSampler4Step
 
 log = logging.getLogger("ark")
@@ -33,4 +34,4 @@ class ArkExtension(ComfyExtension):
                 error,
             )
         prepare_in_background()
-        return [ArkFastLoader, ArkSageCombustion, ArkSampler4Step]
+        return [ArkFastLoader, ArkSageCombustion, ArkPrewarm, ArkSampler4Step]

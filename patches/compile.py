@@ -46,10 +46,11 @@ def set_compile(model: Any, mode: str) -> tuple[Any, str, Compiler | None]:
     if not (hasattr(flux, "double_blocks") and hasattr(flux, "single_blocks")):
         raise InputError(f"{type(flux).__name__} has no blocks that Ark compiles.", "Set compile to off.")  # fmt: skip
     hardware = probe_hardware(clone.load_device)
-    if problem := refusal(mode, hardware, flux):
-        raise InputError(*problem)
     override = clone.model_options.get("transformer_options", {}).get(OVERRIDE)
-    chosen = compiler(mode, hardware, describe(flux), getattr(override, "kernel", "host"))
+    kernel = getattr(override, "kernel", "host")
+    if problem := refusal(mode, hardware, flux, kernel):
+        raise InputError(*problem)
+    chosen = compiler(mode, hardware, describe(flux), kernel)
 
     def compiled(executor, *args, **kwargs):
         module = executor.class_obj.diffusion_model
@@ -68,11 +69,18 @@ def set_compile(model: Any, mode: str) -> tuple[Any, str, Compiler | None]:
             chosen.keep()
 
     clone.add_wrapper_with_key(APPLY_MODEL, KEY, compiled)
-    return clone, f"compile: {mode}, block by block, kept in {chosen.cache.parent}.", chosen
+    return clone, f"compile: {mode}, block by block, kept in {chosen.cache}.", chosen
 
 
-def refusal(mode: str, hardware: Hardware, flux: torch.nn.Module) -> tuple[str, str] | None:
-    """Why a mode cannot work, and what can; None if it can."""
+def refusal(
+    mode: str, hardware: Hardware, flux: torch.nn.Module, kernel: str
+) -> tuple[str, str] | None:
+    """Why a mode cannot work with a model and an attention kernel, and what can; None if it can."""
+    if kernel.startswith("sage") and getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False):  # fmt: skip
+        return (
+            "SageAttention, fp16 accumulation and compiling together give noise.",
+            "Start ComfyUI without --fast fp16_accumulation, choose another kernel, or set compile to off.",
+        )
     fp8 = any(_is_quantised(weight) or weight.dtype.itemsize == 1 for weight in flux.parameters())
     if fp8 and (0, 0) < hardware.compute_capability < (8, 9):
         return (

@@ -29,7 +29,7 @@ class Compiler:
 
     Args:
         mode: one of MODES.
-        cache: the file that keeps what was compiled, None to keep nothing.
+        cache: the file that keeps what was compiled, None to keep nothing (as torch before 2.7 does).
 
     Attributes:
         graphs: how many graphs were compiled since this was made; a recompilation counts, too.
@@ -37,16 +37,15 @@ class Compiler:
     """
 
     def __init__(self, mode: str, cache: Path | None):
-        self.mode, self.cache = mode, cache
+        self.mode = mode
+        self.cache = cache = cache if hasattr(torch.compiler, "load_cache_artifacts") else None
         self.graphs, self.seconds = 0, 0.0
         self._kept = 0
         self._compiled: dict[Callable, Callable] = {}
         if cache and cache not in _loaded and cache.is_file():
             _loaded.add(cache)
-            try:
-                torch.compiler.load_cache_artifacts(cache.read_bytes())
-            except Exception as error:  # of another build, or damaged: then everything is compiled
-                log.warning("Ark: the compile cache %s is not used (%s).", cache.name, error)
+            if torch.compiler.load_cache_artifacts(cache.read_bytes()) is None:
+                log.warning("Ark: %s is damaged, so everything is compiled anew.", cache)
 
     def __call__(self, function: Callable) -> Callable:
         """The compiled function; the same one for the same function."""

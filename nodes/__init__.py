@@ -13,6 +13,7 @@ from .combustion import ArkSageCombustion
 from .load import ArkFastLoader
 from .prepare import prepare_in_background
 from .prewarm import ArkPrewarm
+from .report import ArkReport
 from .sample import ArkSampler4Step
 
 log = logging.getLogger("ark")
@@ -34,4 +35,4 @@ class ArkExtension(ComfyExtension):
                 error,
             )
         prepare_in_background()
-        return [ArkFastLoader, ArkSageCombustion, ArkPrewarm, ArkSampler4Step]
+        return [ArkFastLoader, ArkSageCombustion, ArkPrewarm, ArkSampler4Step, ArkReport]

@@ -68,6 +68,7 @@ def set_compile(model: Any, mode: str) -> tuple[Any, str, Compiler | None]:
             module._modules.update(real)
             chosen.keep()
 
+    compiled.compiler = chosen  # for who reports
     clone.add_wrapper_with_key(APPLY_MODEL, KEY, compiled)
     return clone, f"compile: {mode}, block by block, kept in {chosen.cache}.", chosen
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import numpy
 import torch
 from comfy_api.latest import io
@@ -64,7 +66,8 @@ def draw(report: Report) -> torch.Tensor:
     Returns:
         [1, H, W, 3] fp32 from 0 to 1.
     """
-    rows = len(report.step_ms) + len(report.lines) + 1
+    lines = [piece for line in report.lines for piece in textwrap.wrap(line, 96)]
+    rows = len(report.step_ms) + len(lines) + 1
     picture = Image.new("RGB", (WIDTH, LINE * (rows + 1)), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
     longest = max(report.step_ms.values())
@@ -74,6 +77,6 @@ def draw(report: Report) -> torch.Tensor:
         pen.text((12, y), name, "black", font)
         pen.rectangle((150, y + 2, end, y + LINE - 6), fill=color)
         pen.text((end + 6, y), f"{ms:.2f} ms a step", "black", font)
-    for row, line in enumerate(report.lines, start=len(report.step_ms) + 1):
-        pen.text((12, LINE * row + LINE // 2), line[:110], "black", font)
+    for row, line in enumerate(lines, start=len(report.step_ms) + 1):
+        pen.text((12, LINE * row + LINE // 2), line, "black", font)
     return torch.from_numpy(numpy.asarray(picture).astype(numpy.float32) / 255)[None]

@@ -41,7 +41,7 @@ def set_attention(model: Any, choice: str) -> tuple[Any, str]:
     else:
         hardware = probe_hardware(model.load_device)
         kernel, report = select_attention_kernel(
-            choice, hardware, model.load_device, *_usual(model)
+            choice, hardware, model.load_device, *usual_attention(model.model)
         )
     if kernel is not None:
         options[OVERRIDE] = attention_override(kernel.name)
@@ -51,10 +51,10 @@ def set_attention(model: Any, choice: str) -> tuple[Any, str]:
     return clone, report
 
 
-def _usual(model: Any) -> tuple[tuple[int, int, int, int], torch.dtype]:
-    """Shape and dtype of q, k and v at 1024x1024 with a full prompt."""
-    heads = getattr(model.model.diffusion_model, "num_heads", 24)
-    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+def usual_attention(model: Any) -> tuple[tuple[int, int, int, int], torch.dtype]:
+    """Shape and dtype of q, k and v at 1024x1024 with a full prompt, of the host's BaseModel."""
+    heads = getattr(model.diffusion_model, "num_heads", 24)
+    dtype = model.manual_cast_dtype or model.get_dtype()
     return (1, heads, 4096 + 512, HEAD_DIM), dtype
 
 

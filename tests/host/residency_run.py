@@ -252,9 +252,9 @@ with torch.inference_mode():
     logging.getLogger("ark").addHandler(warnings)
     warmup.DEVICES = ("cpu",)
     for _ in range(2):
-        load_text_encoder(embedded_text_encoder())
-        load_transformer(KLEIN)
-        load_vae(VAE)
+        load_text_encoder(embedded_text_encoder(), ahead=False)
+        load_transformer(KLEIN, ahead=False)
+        load_vae(VAE, ahead=False)
         warmup._queue.submit(int).result()
         found["warmed"] = [*found.get("warmed", []), sorted(part for part, *_ in warmup._seen)]
     found["warm_up_warnings"] = [

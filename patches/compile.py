@@ -36,7 +36,9 @@ def set_compile(model: Any, mode: str) -> tuple[Any, str, Compiler | None]:
     Raises:
         InputError: the mode cannot work on this model or machine; says why, and what can.
     """
-    clone = _static(model)
+    dynamic = mode != "off" and getattr(model, "is_dynamic", lambda: False)()
+    # what the host would load piece by piece while it runs (dynamic VRAM) must be loaded whole
+    clone = model.clone(disable_dynamic=True) if dynamic else model.clone()
     clone.remove_wrappers_with_key(APPLY_MODEL, KEY)
     if mode == "off":
         return clone, "compile: off.", None
@@ -52,17 +54,23 @@ def set_compile(model: Any, mode: str) -> tuple[Any, str, Compiler | None]:
         raise InputError(*problem)
     chosen = compiler(mode, hardware, describe(flux), kernel)
 
+    swapped: dict[torch.nn.ModuleList, torch.nn.ModuleList] = {}  # made once, not at each step
+    said = False
+
     def compiled(executor, *args, **kwargs):
+        nonlocal said
         module = executor.class_obj.diffusion_model
         if getattr(executor.class_obj, "model_lowvram", False):
-            log.warning("Ark compile: this model is partly off the card, so it runs uncompiled.")
+            if not said:
+                log.warning("Ark compile: this model is partly off the card, so it runs uncompiled. Free some VRAM.")  # fmt: skip
+            said = True
             return executor(*args, **kwargs)
         real = {name: module._modules[name] for name in ("double_blocks", "single_blocks")}
+        for blocks in real.values():
+            if blocks not in swapped:
+                swapped[blocks] = torch.nn.ModuleList(CompiledBlock(b, chosen) for b in blocks)
         try:
-            for name, blocks in real.items():
-                module._modules[name] = torch.nn.ModuleList(
-                    CompiledBlock(block, chosen) for block in blocks
-                )
+            module._modules.update({name: swapped[blocks] for name, blocks in real.items()})
             return executor(*args, **kwargs)
         finally:
             module._modules.update(real)
@@ -70,7 +78,10 @@ def set_compile(model: Any, mode: str) -> tuple[Any, str, Compiler | None]:
 
     compiled.compiler = chosen  # for who reports
     clone.add_wrapper_with_key(APPLY_MODEL, KEY, compiled)
-    return clone, f"compile: {mode}, block by block, kept in {chosen.cache}.", chosen
+    report = f"compile: {mode}, block by block, kept in {chosen.cache}."
+    if dynamic:
+        report += " Without dynamic VRAM: the model is loaded whole."
+    return clone, report, chosen
 
 
 def refusal(
@@ -138,10 +149,3 @@ def _single(block, x, *args, **kwargs):
 
 def _is_quantised(weight: torch.Tensor) -> bool:
     return hasattr(weight, "__tensor_flatten__")
-
-
-def _static(model: Any) -> Any:
-    """A clone; of a model that the host loads piece by piece while it runs (dynamic VRAM) one that it loads whole."""
-    if getattr(model, "is_dynamic", lambda: False)():
-        return model.clone(disable_dynamic=True)
-    return model.clone()

@@ -41,6 +41,11 @@ def add_guard(model: Any, kernel: str) -> None:
                 "which is used from now on. Choose another kernel in ArkSageCombustion.",
                 kernel,
             )
+        else:
+            log.warning(
+                "Ark attention: the model gives numbers that are not finite, on ComfyUI's own attention, too. "
+                "Look at its file, its LoRAs and its precision."
+            )
         return again
 
     model.add_wrapper_with_key(SAMPLER_SAMPLE, KEY, guarded)

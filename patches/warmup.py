@@ -46,9 +46,8 @@ def _run_once(part: str, device: torch.device, run: Callable[[], object]) -> Non
     try:
         with torch.inference_mode():
             run()
-    except (
-        comfy.model_management.InterruptProcessingException
-    ):  # meant for the prompt, not for this
+    except comfy.model_management.InterruptProcessingException:
+        # it was meant for the prompt
         comfy.model_management.interrupt_current_processing(True)
     except Exception as error:  # the prompt will show whether it matters
         log.warning("Ark: the %s could not be warmed up (%s).", part, error)

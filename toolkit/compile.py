@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +74,7 @@ class Compiler:
         found = torch.compiler.save_cache_artifacts()
         if found is None:
             return
-        draft = self.cache.with_suffix(".part")
+        draft = self.cache.with_suffix(f".{os.getpid()}")
         try:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             draft.write_bytes(found[0])

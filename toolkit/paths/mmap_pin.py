@@ -36,9 +36,8 @@ _pinned: OrderedDict[tuple, PinnedMapping] = OrderedDict()  # by identity, last 
 log = logging.getLogger("ark")
 _lock = threading.Lock()  # one load at a time has the link, and the table of mappings
 _holders: Counter[tuple] = Counter()  # how many models need a file
-_news: deque[tuple[tuple, int]] = (
-    deque()
-)  # identities with one holder more (1) or less (-1), for when the lock is free
+# identities with one holder more (1) or less (-1), to be counted when the lock is free
+_news: deque[tuple[tuple, int]] = deque()
 _forbidden = False
 
 
@@ -191,11 +190,13 @@ def pin_at_leisure(
     """
 
     def work() -> None:
+        if unavailable(file, device, probe_storage(file)):
+            return
         for window in sorted({window for run in layout.runs for window in windows_of(run)}):
             with _lock:
                 try:
                     others = pinned() - (_pinned[file.identity].pinned_bytes if file.identity in _pinned else 0)  # fmt: skip
-                    if user() is None or unavailable(file, device, probe_storage(file)) or file.size + others > pin_limit():  # fmt: skip
+                    if user() is None or file.size + others > pin_limit():
                         return
                     _mapping(file).pin(window)
                 except TransferFailed as error:

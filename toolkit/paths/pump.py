@@ -69,9 +69,8 @@ def pump(
     pieces = deque(layout.chunks(PIECE))
     threads = min(threads, len(pieces))
     free: SimpleQueue = SimpleQueue()  # slots; None tells a reader to stop
-    filled: SimpleQueue = (
-        SimpleQueue()
-    )  # (bytes, run, slot); an exception; None from each reader at its end
+    # (bytes, run, slot); an exception; None from each reader at its end
+    filled: SimpleQueue = SimpleQueue()
     travelling: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
     stream = torch.cuda.Stream(target.device) if cuda else None
 

@@ -15,7 +15,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -23,7 +22,9 @@ from pathlib import Path
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--comfyui", type=Path, required=True)
-    parser.add_argument("--folder", type=Path, help="where the file is made (default: temporary)")
+    parser.add_argument(
+        "--folder", type=Path, help="where the file is made and kept (default: temporary)"
+    )
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--mode", default="default")
     parser.add_argument("--tiny", action="store_true")
@@ -73,8 +74,7 @@ def load(args: argparse.Namespace, folder: Path) -> tuple[object, int, int]:
     path = ASSETS / "diffusion_models" / "ark_tiny_klein.safetensors"
     if not args.tiny:
         path = folder / "flux-2-klein-4b.safetensors"
-        if not path.exists():
-            write_random(path, transformer_shapes())
+        write_random(path, transformer_shapes())
     model, dims = load_transformer(path)
     return model, 256 if args.tiny else 1024, dims.context_dim
 
@@ -106,6 +106,8 @@ def main() -> None:
     host(args.comfyui)
     import torch
 
+    from ark.benchmarks.models import model_folder
+
     if not args.tiny and not torch.cuda.is_available():
         raise SystemExit("this needs a GPU; --tiny tests the script itself")
     if args.again:
@@ -113,8 +115,8 @@ def main() -> None:
             found = again(args, args.again)
         (args.again / "again.json").write_text(json.dumps(found))
         return
-    with tempfile.TemporaryDirectory(dir=args.folder) as name, torch.inference_mode():
-        rows = measure(args, Path(name))
+    with model_folder(args.folder) as folder, torch.inference_mode():
+        rows = measure(args, folder)
     for item in rows:
         print(item)
     if args.tiny:

@@ -16,7 +16,6 @@ import json
 import platform
 import statistics
 import subprocess
-import tempfile
 import time
 import urllib.request
 from importlib.metadata import version
@@ -26,6 +25,7 @@ import torch
 
 from ark import bootstrap
 from ark.benchmarks.models import (
+    model_folder,
     text_encoder_shapes,
     transformer_shapes,
     vae_shapes,
@@ -129,7 +129,9 @@ def trial(loader: str, flags: list[str], args: argparse.Namespace, folder: Path)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--comfyui", type=Path, required=True)
-    parser.add_argument("--folder", type=Path, help="where the files are made (default: temporary)")
+    parser.add_argument(
+        "--folder", type=Path, help="where the files are made and kept (default: temporary)"
+    )
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
@@ -137,15 +139,15 @@ def main() -> None:
         parser.error("this needs a GPU; --tiny tests the script itself")
     modes = {"ark_dynamic": []} if args.tiny else MODES
     found: dict[str, list[dict[str, float]]] = {name: [] for name in modes}
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+    with model_folder(args.folder) as folder:
         if not args.tiny:
-            write_random(Path(folder, FILES["diffusion_model"]), transformer_shapes())
-            write_random(Path(folder, FILES["text_encoder"]), text_encoder_shapes())
-            write_random(Path(folder, FILES["vae"]), vae_shapes(), torch.float32)
+            write_random(folder / FILES["diffusion_model"], transformer_shapes())
+            write_random(folder / FILES["text_encoder"], text_encoder_shapes())
+            write_random(folder / FILES["vae"], vae_shapes(), torch.float32)
         for turn in range(args.repeat):
             for name in list(modes)[:: 1 if turn % 2 == 0 else -1]:
                 print(name, flush=True)
-                found[name].append(trial(name.split("_")[0], modes[name], args, Path(folder)))
+                found[name].append(trial(name.split("_")[0], modes[name], args, folder))
 
     def median(name: str, what: str) -> float:
         return statistics.median(times[what] for times in found[name])

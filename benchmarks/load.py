@@ -16,7 +16,6 @@ import os
 import platform
 import re
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -27,7 +26,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ark.benchmarks.models import text_encoder_shapes, transformer_shapes, write_random
+from ark.benchmarks.models import (
+    model_folder,
+    text_encoder_shapes,
+    transformer_shapes,
+    write_random,
+)
 from ark.benchmarks.record import bar_chart, row, write_record
 from ark.toolkit.header import read_header
 from ark.toolkit.layout import plan_layout
@@ -140,23 +144,27 @@ def check(path: Path, device: torch.device) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--folder", type=Path, help="where the files are made (default: temporary)")
+    parser.add_argument(
+        "--folder", type=Path, help="where the files are made and kept (default: temporary)"
+    )
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--cold-repeat", type=int, default=3)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.tiny:
         parser.error("this needs a GPU; --tiny tests the script itself")
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+    with model_folder(args.folder) as folder:
         small = dict(hidden=256, double=1, single=2, context=192) if args.tiny else {}
-        transformer = write_random(Path(folder, "t.safetensors"), transformer_shapes(**small))
+        transformer = write_random(
+            folder / "flux-2-klein-4b.safetensors", transformer_shapes(**small)
+        )
         small = dict(hidden=64, mlp=64, heads=1, kv=1, vocab=999) if args.tiny else {}
-        text = write_random(Path(folder, "q.safetensors"), text_encoder_shapes(**small, layers=27))
+        text = write_random(
+            folder / "qwen_3_4b_27_layers.safetensors", text_encoder_shapes(**small, layers=27)
+        )
         check(transformer, device)
         rows = measure(transformer, text, device, args)
-    for item in rows:
-        print(item)
     if args.tiny:
         return
     versions = {"python": platform.python_version()}
@@ -194,11 +202,12 @@ def measure(transformer: Path, text: Path, device: torch.device, args: argparse.
     def case(name: str, files: list[Path], repeat: int, floor: float | None, before=fresh, only=loaders) -> None:  # fmt: skip
         print(name)
         works = {k: (lambda load=loaders[k]: [load(file, device) for file in files]) for k in only}
-        for work in works.values():
+        for work in works.values() if before is not cold else ():
             before()
             work()
         found = interleaved(works, repeat, device, before)
         rows.append(row(name, found.pop("ark"), "s", repeat, found, floor))
+        print(rows[-1], flush=True)
 
     case("transformer_warm", [transformer], args.repeat, link and size / link)
     quick = [name for name in loaders if name in ("ark", "safetensors", "runai")]
@@ -208,6 +217,7 @@ def measure(transformer: Path, text: Path, device: torch.device, args: argparse.
     for _ in range(args.cold_repeat):
         drop_from_cache(transformer)
         raw.append(timed(lambda: raw_read(transformer), device))
+    print("raw O_DIRECT", *(f"{seconds:.3f}" for seconds in raw), flush=True)
     case("transformer_cold", [transformer], args.cold_repeat, statistics.median(raw), cold)
     rows += memory(transformer, device, loaders, fresh, cold)
     return rows
@@ -240,6 +250,7 @@ def memory(transformer: Path, device: torch.device, loaders: dict, fresh: Callab
             if path.unavailable(file, device, probe_storage(file)) is None:
                 held = peak(lambda path=path: by(path), before)
                 rows.append(row(f"memory_{name}_{state}", held, "GB", 1, found))
+                print(rows[-1], flush=True)
     return rows
 
 

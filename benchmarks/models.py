@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 Shapes = dict[str, tuple[int, ...]]
@@ -90,8 +94,26 @@ def vae_shapes(width: int = 128, multipliers: tuple[int, ...] = (1, 2, 4, 4), z:
     return shapes
 
 
+@contextlib.contextmanager
+def model_folder(kept: Path | None) -> Iterator[Path]:
+    """The folder for the files: one that is kept, with what is in it already, or else a temporary one."""
+    if kept:
+        kept.mkdir(parents=True, exist_ok=True)
+        yield kept
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+
+
 def write_random(path: Path, shapes: Shapes, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write random weights of a spread that keeps activations finite; on the disk and no longer dirty when it returns."""
+    """Write random weights of a spread that keeps activations finite, unless there is such a file.
+
+    The file is on the disk and no longer dirty on return.
+    """
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            if {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()} == shapes:  # noqa: SIM118
+                return path
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def make(name: str, shape: tuple[int, ...]) -> torch.Tensor:

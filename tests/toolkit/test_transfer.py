@@ -265,7 +265,7 @@ def test_cold_file_past_the_page_cache(file, device, monkeypatch):
     assert all(same(view, tensors[name]) for name, view in layout.views(flat).items())
     monkeypatch.setattr(stream, "available_memory", lambda: 10 * model.size)
     assert not stream.past_the_cache(model, COLD)
-    stream.copy(model, layout, flat.zero_(), COLD, lambda nbytes: None)  # read ahead by the kernel
+    stream.copy(model, layout, flat.zero_(), COLD, lambda nbytes: None)  # through the page cache
     assert all(same(view, tensors[name]) for name, view in layout.views(flat).items())
 
 

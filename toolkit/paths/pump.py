@@ -1,13 +1,15 @@
 """Moves a layout's bytes from a file to a device: some threads read, and one talks to the device.
 
-All calls to CUDA come from one thread, because registering memory holds a lock for which every other call would wait. That
-thread sends what the others have read from the end of the file; where a mapping is given, it works from the beginning of
-the file itself in the meantime, pinning window after window. They meet where they meet.
+All calls to CUDA come from one thread, because registering memory holds a lock for which every other call would wait. Each
+reader has a stretch of the file to itself, which the disk and its read-ahead like best. Where a mapping is given, the
+thread at the device works from the beginning of the file in the meantime, pinning window after window, and the readers
+from its end: they meet where they meet.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import mmap
 import os
@@ -68,6 +70,7 @@ def pump(
     cuda = target.device.type == "cuda"
     pieces = deque(layout.chunks(PIECE))
     threads = min(threads, len(pieces))
+    shares = [pieces] * threads if mapping else _stretches(pieces, threads)
     free: SimpleQueue = SimpleQueue()  # slots; None tells a reader to stop
     # (bytes, run, slot); an exception; None from each reader at its end
     filled: SimpleQueue = SimpleQueue()
@@ -102,8 +105,8 @@ def pump(
             free.put(slots[-1])
 
     readers = [
-        threading.Thread(target=_read_all, args=(file, pieces, free, filled, direct), daemon=True)
-        for _ in range(threads)
+        threading.Thread(target=_read_all, args=(file, share, free, filled, direct), daemon=True)
+        for share in shares
     ]
     slots: list[torch.Tensor] = []
     try:
@@ -127,7 +130,8 @@ def pump(
                 ended += item is None
                 send_read(item)
     finally:
-        pieces.clear()  # after an error, so that the readers stop
+        for share in shares:
+            share.clear()  # after an error, so that the readers stop
         for _ in readers:
             free.put(None)
         for reader in readers:
@@ -137,6 +141,13 @@ def pump(
             stream.synchronize()
             with _ring_lock:
                 _ring.extend(slots)
+
+
+def _stretches(pieces: deque[Run], count: int) -> list[deque[Run]]:
+    """Divide pieces into stretches of neighbours, each with its first piece at the end, where readers take from."""
+    ends = [len(pieces) * number // count for number in range(count + 1)]
+    ordered = list(pieces)
+    return [deque(reversed(ordered[i:k])) for i, k in itertools.pairwise(ends)]
 
 
 def _take_first(pieces: deque[Run], size: int = 64 << 20) -> Run | None:
@@ -160,7 +171,7 @@ def _take_first(pieces: deque[Run], size: int = 64 << 20) -> Run | None:
 def _read_all(
     file: ModelFile, pieces: deque[Run], free: SimpleQueue, filled: SimpleQueue, direct: bool
 ) -> None:
-    """One thread's work: the last piece that nobody has taken, again and again."""
+    """One thread's work: the last piece of its share that nobody has taken, again and again."""
     try:
         with _open(file, direct) as source:
             while run := _take_last(pieces):

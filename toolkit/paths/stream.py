@@ -1,7 +1,7 @@
 """Many threads read the file into pinned memory, each piece copied to the device while the next ones are read.
 
-A file that is not in memory is read ahead of the threads by the kernel, so that the next boot is warm; where memory is too
-short for that, past the page cache (O_DIRECT).
+A file that is not in memory is read through the page cache, with the kernel's read-ahead, so that the next boot is warm;
+where memory is too short for that, past the page cache (O_DIRECT).
 """
 
 from __future__ import annotations
@@ -34,9 +34,6 @@ def copy(
 ) -> None:
     """Fill a flat buffer; see `TransferPath.copy`."""
     direct = past_the_cache(file, storage)
-    if not direct and not storage.warm and hasattr(os, "posix_fadvise"):
-        with file.path.open("rb") as source:
-            os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
     threads = NETWORK_THREADS if storage.network else THREADS
     pump(file, layout, target, advance, threads=threads, direct=direct)
 

@@ -193,11 +193,15 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
 
     @classmethod
     def send_ahead(
-        cls, opened: OpenedModel, state_dict: dict[str, torch.Tensor], device: torch.device
+        cls,
+        opened: OpenedModel,
+        state_dict: dict[str, torch.Tensor],
+        device: torch.device,
+        shared: bool = True,
     ) -> None:
-        """Let the weights leave for a fast device while their module is still to be built."""
+        """Let the weights leave for a fast device while their module is still to be built; see `send_ahead`."""
         if device.type in cls.fast_devices and (
-            reason := send_ahead(opened, state_dict.values(), device)
+            reason := send_ahead(opened, state_dict.values(), device, shared)
         ):
             log.info("Ark igniter: the weights are sent when they are needed (%s).", reason)
 

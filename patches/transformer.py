@@ -17,12 +17,8 @@ import comfy.model_patcher
 import torch
 
 from ..toolkit.architecture import LATENT_CHANNELS, TransformerDims
-from ..toolkit.combustion import select_attention_kernel
-from ..toolkit.hardware import probe_hardware
 from ..toolkit.igniter import open_model, strip_prefix
 from ..toolkit.keys import is_diffusers_transformer, transformer_from_diffusers
-from .attention import attention_override, usual_attention
-from .guard import OVERRIDE
 from .residency import ResidentPatcher
 from .warmup import unset, warm_up
 from .weights import assign, read_quantisation, remember_origin, weight_dtype
@@ -72,7 +68,7 @@ def load_transformer(path: str | Path, ahead: bool = True) -> tuple[Any, Transfo
             "transformer",
             shape,
             load_device,
-            lambda: _denoise(shallow, weights, dims, load_device, idle=not ahead),
+            lambda: _denoise(shallow, weights, dims, load_device),
         )
     model = model_config.get_model(state_dict, "", device=torch.device("meta"))
     model.device = None  # not meta: the host would keep activations there
@@ -85,27 +81,15 @@ def load_transformer(path: str | Path, ahead: bool = True) -> tuple[Any, Transfo
     return patcher, dims
 
 
-def _denoise(
-    model_config: Any, weights: dict, dims: TransformerDims, device: torch.device, idle: bool
-) -> None:
-    """A model of two blocks at 1024x1024, with weights that nobody has set.
-
-    On the host's attention; where nothing else runs, which timing needs, also on the kernel that Ark would take.
-    """
+def _denoise(model_config: Any, weights: dict, dims: TransformerDims, device: torch.device) -> None:
+    """A model of two blocks at 1024x1024, with weights that nobody has set."""
     model = model_config.get_model(weights, "", device=torch.device("meta"))
     later = re.compile(r"(double|single)_blocks\.[1-9]")
     first = {key: tensor for key, tensor in weights.items() if not later.match(key)}
     assign(model.diffusion_model, unset(first, device), "the transformer")
     latents = torch.zeros(1, LATENT_CHANNELS, 64, 64, device=device)
     prompt_embeds = torch.zeros(1, 512, dims.context_dim, device=device)
-    choices: list[dict] = [{}]
-    if idle:
-        usual = usual_attention(model)
-        kernel, _ = select_attention_kernel("auto", probe_hardware(device), device, *usual)
-        choices += [{OVERRIDE: attention_override(kernel.name)}] if kernel else []
-    model, sigma = model.to(device), torch.ones(1, device=device)
-    for options in choices:
-        model.apply_model(latents, sigma, c_crossattn=prompt_embeds, transformer_options=options)
+    model.to(device).apply_model(latents, torch.ones(1, device=device), c_crossattn=prompt_embeds)
 
 
 def _set_dtype(

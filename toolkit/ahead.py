@@ -84,7 +84,10 @@ def _send(
 
 
 def send_ahead(
-    opened: OpenedModel, tensors: Iterable[torch.Tensor], device: torch.device
+    opened: OpenedModel,
+    tensors: Iterable[torch.Tensor],
+    device: torch.device,
+    shared: bool = False,
 ) -> str | None:
     """Start sending some tensors of a model.
 
@@ -92,6 +95,7 @@ def send_ahead(
         opened: the model; what is on its way waits in its `ahead`.
         tensors: the ones that will be needed; those that are no views of a mapped file are left out.
         device: where to.
+        shared: others use the device meanwhile, see `transfer`.
 
     Returns:
         Why nothing was sent, or None.
@@ -108,7 +112,7 @@ def send_ahead(
         if free < ROOM * needed + SPARE:
             return f"{needed / 1e9:.1f} GB would leave too little of the {free / 1e9:.1f} GB that are free"
     for identity, entries in groups.items():
-        sending = send(opened, files[identity], entries, device, shared=True)
+        sending = send(opened, files[identity], entries, device, shared)
         opened.ahead[identity, device] = sending
         sending.arrived.add_done_callback(
             lambda _, key=(identity, device): _wait(opened.ahead, key)

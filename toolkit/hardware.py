@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.machinery
 import importlib.metadata
@@ -11,6 +12,11 @@ from pathlib import Path
 
 import torch
 
+DISTRIBUTIONS = {
+    "triton": "triton-windows",
+    "flash_attn_interface": "flash_attn_3",
+    "flash_attn": "flash_attn_4",
+}  # where not as the package
 PACKAGES = ("triton", "sageattention", "sageattn3", "comfy_kitchen", "flash_attn_interface", "flash_attn.cute")  # fmt: skip
 
 
@@ -53,11 +59,12 @@ def _version_of(package: str) -> str | None:
     spec = importlib.util.find_spec(parent)
     if spec is None or (module and not _has_submodule(spec, module)):
         return None
-    names = importlib.metadata.packages_distributions().get(parent, [parent])
-    try:
-        return importlib.metadata.version(names[0])
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+    for name in (parent, DISTRIBUTIONS.get(parent, parent)):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    # looks at every file of every package that is installed, for half a second
+    names = importlib.metadata.packages_distributions().get(parent)
+    return importlib.metadata.version(names[0]) if names else "unknown"
 
 
 def _has_submodule(spec: importlib.machinery.ModuleSpec, module: str) -> bool:

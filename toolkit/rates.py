@@ -10,7 +10,7 @@ from .notebook import recall, remember
 from .storage import Storage
 
 BOOK = "transfer_rates"
-WORTH_RECORDING = 256 << 20  # bytes; smaller transfers say little
+WORTH_RECORDING = 2 << 30  # bytes; smaller transfers say little
 PROBE = 32 << 20  # bytes of one copy that measures the link
 
 
@@ -54,9 +54,10 @@ def known_rates(device: torch.device, storage: Storage) -> dict[str, float]:
 def remember_rate(
     device: torch.device, storage: Storage, path: str, nbytes: int, seconds: float
 ) -> None:
-    """Write a path's rate down; a folder that cannot be written costs only the memory."""
+    """Write a path's rate down, the mean of it and the one before; a folder that cannot be written costs only the memory."""
     if nbytes >= WORTH_RECORDING and seconds > 0:
-        _remember(_key(device, storage), path, nbytes / seconds)
+        rate, key = nbytes / seconds, _key(device, storage)
+        _remember(key, path, (rate + _rates(key).get(path, rate)) / 2)
 
 
 def _rates(key: str) -> dict[str, float]:

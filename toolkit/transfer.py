@@ -87,7 +87,7 @@ def transfer(
             else:
                 seconds = time.perf_counter() - start
                 file.check_unchanged()  # so no byte belongs to another state of the file
-                if fresh:
+                if fresh and not shared:  # else it says little of what the path can do
                     remember_rate(device, storage, path.name, layout.nbytes, seconds)
                 why = "; ".join([why, *(f"not {n}: {text}" for n, text in passed_over.items())])
                 report = TransferReport(

@@ -133,17 +133,18 @@ def test_paths_are_ranked_by_what_was_measured(file, monkeypatch):
 
     assert order(WARM) == ["mmap_pin", "stream"]
     remember_rate(
-        CPU, WARM, "mmap_pin", 10**9, 0.1
+        CPU, WARM, "mmap_pin", 10**10, 1.0
     )  # 10 GB/s where 37 were promised: pinning is slow here
     assert order(WARM) == ["stream", "mmap_pin"]
     assert order(COLD) == ["mmap_pin", "stream"]  # another state of the file, another memory
-    remember_rate(CPU, WARM, "stream", 10**9, 0.2)  # worse still
+    remember_rate(CPU, WARM, "stream", 10**10, 2.0)  # worse still
     assert order(WARM) == ["mmap_pin", "stream"]
     [(_, why), _] = ranked_paths(model, layout, CPU, WARM, None)
     assert "10.0 GB/s when last measured here" in why
     remember_rate(CPU, WARM, "stream", 1000, 1e-9)  # too small to say anything
     assert known_rates(CPU, WARM)["stream"] == 5e9
-    remember_rate(CPU, WARM, "stream", 10**9, 0.01)
+    remember_rate(CPU, WARM, "stream", 10**10, 0.1)
+    assert known_rates(CPU, WARM)["stream"] == 52.5e9  # the mean with what was known
     assert order(WARM) == ["stream", "mmap_pin"]
     mapping = mmap_pin.PinnedMapping(model)
     mapping.windows.add(0)  # as if pinned
@@ -183,7 +184,7 @@ def test_a_damaged_memory_is_forgotten(tmp_path, text: str):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "transfer_rates.json").write_text(text)
     assert known_rates(CPU, WARM) == {}
-    remember_rate(CPU, WARM, "stream", 10**9, 1.0)
+    remember_rate(CPU, WARM, "stream", 10**10, 10.0)
     assert known_rates(CPU, WARM) == {"stream": 1e9}
     assert json.loads((tmp_path / "cache" / "transfer_rates.json").read_text())
 
@@ -191,7 +192,7 @@ def test_a_damaged_memory_is_forgotten(tmp_path, text: str):
 def test_a_memory_that_cannot_be_written_costs_nothing(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ARK_CACHE_DIR", str(tmp_path / "file"))
-    remember_rate(CPU, WARM, "stream", 10**9, 1.0)
+    remember_rate(CPU, WARM, "stream", 10**10, 10.0)
     assert known_rates(CPU, WARM) == {}
 
 

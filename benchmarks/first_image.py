@@ -4,7 +4,8 @@ A fresh server process for every trial, nothing loaded, the files warm, 1024x102
 graphs differ in the loader only: ArkFastLoader against the host's own three, each in both of the host's memory modes
 (dynamic VRAM, its default, and static). After the first image the models are unloaded (`POST /free`) and a new prompt is
 queued: what its encoding and sampling take longer than with everything loaded is the reload of text encoder and
-transformer. Before each trial the files are read once, so that they are in the page cache. Random weights of the true shapes; needs a
+transformer. Before each trial the files are read once, so that they are in the page cache; a server before the first trial
+does as much for the libraries. Random weights of the true shapes; needs a
 GPU, a ComfyUI of 0.33 or later and 17 GB of disk. `--tiny` runs Ark's part with the embedded model, on a CPU too, to test
 the benchmark itself (then nothing is recorded).
 """
@@ -81,8 +82,11 @@ def graph(loader: str, files: dict[str, str], size: int, prompt: str, seed: int)
     }  # fmt: skip
 
 
-def trial(loader: str, flags: list[str], args: argparse.Namespace, folder: Path) -> dict[str, float]:  # fmt: skip
-    """One server's life: seconds to the first image, of a prompt with everything loaded, and of one after /free."""
+def trial(loader: str, flags: list[str], args: argparse.Namespace, folder: Path, whole: bool = True) -> dict[str, float]:  # fmt: skip
+    """One server's life: seconds to the first image, of a prompt with everything loaded, and of one after /free.
+
+    It ends after the first image if it is not to be the whole.
+    """
     kinds = ("diffusion_models", "text_encoders", "vae")
     folders = {} if args.tiny else {kind: [folder] for kind in kinds}
     files, size = (EMBEDDED, 256) if args.tiny else (FILES, 1024)
@@ -96,9 +100,8 @@ def trial(loader: str, flags: list[str], args: argparse.Namespace, folder: Path)
         def run(number: int) -> tuple[float, float]:
             """Seconds to the image, and those of encoding and sampling, in which both large models are loaded."""
             asked = graph(loader, files, size, f"a picture of number {number}", number)
-            ends: list[
-                float
-            ] = []  # when the canvas has the image; what the server tidies up then is not counted
+            # when the canvas has the image; what the server tidies up then is not counted
+            ends: list[float] = []
             start = time.perf_counter()
             result = client.run(
                 asked,
@@ -110,6 +113,8 @@ def trial(loader: str, flags: list[str], args: argparse.Namespace, folder: Path)
             return ends[0] - start, spent["text"] + spent["sample"]
 
         first, _ = run(0)
+        if not whole:
+            return {}
         time.sleep(8)  # what was loaded is pinned at leisure meanwhile
         runs = [run(number) for number in (1, 2, 3)]
         loaded, busy = (statistics.median(values) for values in zip(*runs, strict=True))
@@ -144,6 +149,7 @@ def main() -> None:
             write_random(folder / FILES["diffusion_model"], transformer_shapes())
             write_random(folder / FILES["text_encoder"], text_encoder_shapes())
             write_random(folder / FILES["vae"], vae_shapes(), torch.float32)
+            trial("comfyui", STATIC, args, folder, whole=False)
         for turn in range(args.repeat):
             for name in list(modes)[:: 1 if turn % 2 == 0 else -1]:
                 print(name, flush=True)

@@ -236,7 +236,7 @@ def memory(transformer: Path, device: torch.device, loaders: dict, fresh: Callab
         before()
         while pump._ring:
             pump.unregister(pump._ring.pop().data_ptr())
-        return peak_anonymous(work) + len(pump._ring) * pump.SLOT / 1e9
+        return peak_anonymous(work)
 
     found = {
         name: peak(lambda load=load: load(transformer, device), fresh)

@@ -197,11 +197,10 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
         opened: OpenedModel,
         state_dict: dict[str, torch.Tensor],
         device: torch.device,
-        shared: bool = True,
     ) -> None:
-        """Let the weights leave for a fast device while their module is still to be built; see `send_ahead`."""
+        """Let the weights leave for a fast device while their module is still to be built."""
         if device.type in cls.fast_devices and (
-            reason := send_ahead(opened, state_dict.values(), device, shared)
+            reason := send_ahead(opened, state_dict.values(), device)
         ):
             log.info("Ark igniter: the weights are sent when they are needed (%s).", reason)
 

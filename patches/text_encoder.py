@@ -59,8 +59,7 @@ def load_text_encoder(path: str | Path, ahead: bool = True) -> tuple[Any, TextEn
         weight_dtype(state_dict, name)  # refuses what Klein does not run from
     device = comfy.model_management.text_encoder_device()
     if ahead:
-        # nothing of ours can run on the device before it has arrived
-        ResidentPatcher.send_ahead(opened, wanted, device, shared=False)
+        ResidentPatcher.send_ahead(opened, wanted, device)
 
     class Target:
         params = {}  # noqa: RUF012 (the host's shape)

@@ -6,9 +6,11 @@ whole link to itself, so that the first one is complete while the next is still 
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
 from dataclasses import dataclass, field
 
@@ -24,6 +26,9 @@ ROOM = 2.0  # times the weights must be free on the device: nothing is sent ahea
 SPARE = 4 << 30  # bytes besides, for activations
 PATIENCE = 60.0  # s until what nobody took is given up
 GLANCE = 0.1  # s between two looks at what is on its way
+TURN = (
+    0.0005  # s for which a thread of the interpreter goes on while others wait, during a transfer
+)
 _queue = futures.ThreadPoolExecutor(1, "ark-ahead")
 
 
@@ -51,7 +56,6 @@ def send(
     file: ModelFile,
     entries: Mapping[int, TensorEntry],
     device: torch.device,
-    shared: bool = False,
 ) -> Sending:
     """Put some tensors of a file into the queue.
 
@@ -60,22 +64,17 @@ def send(
         file: one of its files.
         entries: the tensors by their first byte.
         device: where to.
-        shared: others use the device meanwhile, see `transfer`.
     """
     sending = Sending(plan_layout(entries))
-    sending.arrived = _queue.submit(_send, sending, file, device, weakref.ref(opened), shared)
+    sending.arrived = _queue.submit(_send, sending, file, device, weakref.ref(opened))
     return sending
 
 
 def _send(
-    sending: Sending,
-    file: ModelFile,
-    device: torch.device,
-    opened: weakref.ref[OpenedModel],
-    shared: bool,
+    sending: Sending, file: ModelFile, device: torch.device, opened: weakref.ref[OpenedModel]
 ) -> dict[int, torch.Tensor]:
-    with torch.inference_mode(False):  # weights outlive the prompt
-        flat, report = transfer(file, sending.layout, device, sending.advance, shared=shared)
+    with torch.inference_mode(False), _short_turns():  # weights outlive the prompt
+        flat, report = transfer(file, sending.layout, device, sending.advance)
         if report.path != "mmap_pin":
             mmap_pin.pin_at_leisure(file, sending.layout, device, opened)
         if model := opened():
@@ -83,11 +82,19 @@ def _send(
         return sending.layout.views(flat)
 
 
+@contextlib.contextmanager
+def _short_turns() -> Iterator[None]:
+    """Let threads take turns more often: else those that send wait 5 ms for the one that builds modules, again and again."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(TURN)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 def send_ahead(
-    opened: OpenedModel,
-    tensors: Iterable[torch.Tensor],
-    device: torch.device,
-    shared: bool = False,
+    opened: OpenedModel, tensors: Iterable[torch.Tensor], device: torch.device
 ) -> str | None:
     """Start sending some tensors of a model.
 
@@ -95,7 +102,6 @@ def send_ahead(
         opened: the model; what is on its way waits in its `ahead`.
         tensors: the ones that will be needed; those that are no views of a mapped file are left out.
         device: where to.
-        shared: others use the device meanwhile, see `transfer`.
 
     Returns:
         Why nothing was sent, or None.
@@ -112,7 +118,7 @@ def send_ahead(
         if free < ROOM * needed + SPARE:
             return f"{needed / 1e9:.1f} GB would leave too little of the {free / 1e9:.1f} GB that are free"
     for identity, entries in groups.items():
-        sending = send(opened, files[identity], entries, device, shared)
+        sending = send(opened, files[identity], entries, device)
         opened.ahead[identity, device] = sending
         sending.arrived.add_done_callback(
             lambda _, key=(identity, device): _wait(opened.ahead, key)

@@ -53,8 +53,6 @@ def transfer(
     layout: Layout,
     device: torch.device,
     advance: Callable[[int], None] = lambda nbytes: None,
-    *,
-    shared: bool = False,
 ) -> tuple[torch.Tensor, TransferReport]:
     """Bring a layout's bytes to a device.
 
@@ -63,7 +61,6 @@ def transfer(
         layout: which ones, and where to.
         device: "cuda", or "cpu" for a copy in memory.
         advance: called with the bytes of each piece as it leaves.
-        shared: others use the device in the meantime, and must not be held up.
 
     Returns:
         The filled buffer, [layout.nbytes] uint8 on the device, and what was done.
@@ -76,7 +73,7 @@ def transfer(
     storage, link = probe_storage(file), link_rate(device)
     target = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
     passed_over: dict[str, str] = {}
-    for path, why in ranked_paths(file, layout, device, storage, link, shared):
+    for path, why in ranked_paths(file, layout, device, storage, link):
         reason = path.unavailable(file, device, storage)
         if reason is None:
             start, fresh = time.perf_counter(), not path.ready(file, layout)
@@ -87,7 +84,7 @@ def transfer(
             else:
                 seconds = time.perf_counter() - start
                 file.check_unchanged()  # so no byte belongs to another state of the file
-                if fresh and not shared:  # else it says little of what the path can do
+                if fresh:
                     remember_rate(device, storage, path.name, layout.nbytes, seconds)
                 why = "; ".join([why, *(f"not {n}: {text}" for n, text in passed_over.items())])
                 report = TransferReport(
@@ -105,11 +102,8 @@ def ranked_paths(
     device: torch.device,
     storage: Storage,
     link: float | None,
-    shared: bool = False,
 ) -> list[tuple[TransferPath, str]]:
     """The paths, the best first: one that is ready, then by what was measured here, else by what each one promises.
-
-    Where the device is shared, those that disturb come last, unless they are ready.
 
     Returns:
         Each with the reason for its place.
@@ -120,13 +114,9 @@ def ranked_paths(
         if path.ready(file, layout):
             return float("inf"), "the file is pinned already"
         if path.name in known:
-            rate, why = (
-                known[path.name],
-                f"{known[path.name] / 1e9:.1f} GB/s when last measured here",
-            )
-        else:
-            rate, why = path.expected * link, "not measured here yet"
-        return (0.0, f"disturbs, {why}") if shared and path.disturbs else (rate, why)
+            rate = known[path.name]
+            return rate, f"{rate / 1e9:.1f} GB/s when last measured here"
+        return path.expected * link, "not measured here yet"
 
     ranked = sorted(PATHS.values(), key=lambda path: rate_of(path)[0], reverse=True)
     return [(path, rate_of(path)[1]) for path in ranked]

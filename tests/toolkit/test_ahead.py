@@ -1,6 +1,7 @@
 """What is sent ahead arrives once, whole, in order, or not at all."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -60,6 +61,23 @@ def test_models_travel_in_the_order_of_opening(opened, monkeypatch):
         send_ahead(opened, list(opened.tensors.values())[:count], CPU)
     take_ahead(opened, CPU)
     assert order == [3, 1, 2]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_threads_take_short_turns_only_while_something_travels(opened, monkeypatch, fails):
+    during, real, before = [], ahead.transfer, sys.getswitchinterval()
+
+    def spy(*args):
+        during.append(sys.getswitchinterval())
+        if fails:
+            raise TransferFailed("no path")
+        return real(*args)
+
+    monkeypatch.setattr(ahead, "transfer", spy)
+    send_ahead(opened, opened.tensors.values(), CPU)
+    wait_for(ahead.take_ahead(opened, CPU).values())
+    assert during == [pytest.approx(ahead.TURN)]
+    assert sys.getswitchinterval() == before
 
 
 def test_what_nobody_takes_is_given_up(opened, monkeypatch):

@@ -155,14 +155,6 @@ def test_paths_are_ranked_by_what_was_measured(file, monkeypatch):
     ]  # what is pinned already has only the link to wait for
 
 
-def test_nobody_is_disturbed_on_a_device_that_others_use(file):
-    model, _ = file
-    layout = plan_layout(model.entries)
-    ranked = ranked_paths(model, layout, CPU, WARM, 50e9, shared=True)
-    assert [path.name for path, _ in ranked] == ["stream", "mmap_pin"]
-    assert ranked[1][1].startswith("disturbs")
-
-
 def test_an_error_of_reading_lets_the_next_path_try(file, monkeypatch):
     def fail(*_):
         raise OSError(22, "Invalid argument")

@@ -19,7 +19,6 @@ class TransferPath:
 
     Attributes:
         name: what the report calls it.
-        disturbs: whether everybody else who uses the device waits while it works.
         expected: share of the link's rate that it reaches where it serves well; decides until it was measured.
         unavailable: why it cannot bring this file to this device, or None.
         ready: whether a layout's bytes are prepared for it already, so that nothing but the link holds them up.
@@ -29,7 +28,6 @@ class TransferPath:
     """
 
     name: str
-    disturbs: bool
     expected: float
     unavailable: Callable[[ModelFile, torch.device, Storage], str | None]
     ready: Callable[[ModelFile, Layout], bool]
@@ -39,9 +37,7 @@ class TransferPath:
 PATHS = {
     path.name: path
     for path in (
-        TransferPath(
-            "mmap_pin", True, 0.75, mmap_pin.unavailable, mmap_pin.is_pinned, mmap_pin.copy
-        ),
-        TransferPath("stream", False, 0.45, stream.unavailable, lambda *_: False, stream.copy),
+        TransferPath("mmap_pin", 0.75, mmap_pin.unavailable, mmap_pin.is_pinned, mmap_pin.copy),
+        TransferPath("stream", 0.45, stream.unavailable, lambda *_: False, stream.copy),
     )
 }

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..toolkit.compile import MODES, Compiler, compiler, describe
+from ..toolkit.compile import MODES, Compiler, any_length, compiler, describe
 from ..toolkit.errors import InputError
 from ..toolkit.hardware import Hardware, probe_hardware
 from .guard import OVERRIDE
@@ -135,6 +135,11 @@ class CompiledBlock(torch.nn.Module):
         if any(name in options.get("patches", {}) for name in EAGER_PATCHES):
             return self.block(*args, transformer_options=options, **kwargs)
         lean = {OVERRIDE: options[OVERRIDE]} if OVERRIDE in options else {}
+        # x, img, txt: [B, seq_len, hidden_size]; pe: [1, 1, seq_len, head_dim / 2, 2, 2]
+        for tensor in (*args, kwargs.get("img"), kwargs.get("txt")):
+            if isinstance(tensor, torch.Tensor) and tensor.ndim == 3:
+                any_length(tensor, 1)
+        any_length(kwargs["pe"], 2)
         return self.run(self.block, *args, transformer_options=lean, **kwargs)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ..toolkit.architecture import HEAD_DIM
 from ..toolkit.combustion import select_attention_kernel
-from ..toolkit.compile import MODES, Compiler, compiler, describe
+from ..toolkit.compile import MODES, Compiler, any_length, compiler, describe
 from ..toolkit.errors import InputError
 from ..toolkit.hardware import probe_hardware
 from ..toolkit.kernels import KERNELS
@@ -87,7 +87,9 @@ def ignite(transformer: torch.nn.Module, attention: str = "auto", compile: str =
         if not _repeated(transformer):
             raise InputError(f"{type(transformer).__name__} names no repeated blocks.", "Set compile to off.")  # fmt: skip
         set_on.compiler = compiler(compile, hardware, describe(transformer), kernel.name if kernel else "diffusers")  # fmt: skip
-        transformer.compile_repeated_blocks(backend=set_on.compiler.backend, dynamic=True)
+        transformer.compile_repeated_blocks(backend=set_on.compiler.backend)
+        for block in _repeated(transformer):
+            block._compiled_call_impl = _for_any_length(block._compiled_call_impl)
         set_on.report += f"\ncompile: {compile}, block by block."
     log.info("Ark attention %s", set_on.report)
     return set_on
@@ -97,6 +99,21 @@ def _repeated(transformer: torch.nn.Module) -> list[torch.nn.Module]:
     """The blocks that diffusers itself compiles one by one."""
     names = getattr(transformer, "_repeated_blocks", None) or ()
     return [module for module in transformer.modules() if type(module).__name__ in names]
+
+
+def _for_any_length(call: Callable) -> Callable:
+    """A compiled block that serves every length of text and image."""
+
+    def block(*args: Any, **kwargs: Any) -> Any:
+        # hidden_states, encoder_hidden_states: [B, seq_len, inner_dim]; image_rotary_emb: two of [seq_len, head_dim]
+        for name in ("hidden_states", "encoder_hidden_states"):
+            if kwargs.get(name) is not None:
+                any_length(kwargs[name], 1)
+        for table in kwargs.get("image_rotary_emb") or ():
+            any_length(table, 0)
+        return call(*args, **kwargs)
+
+    return block
 
 
 def _with_kernel(processor: Any, kernel: str) -> Any:

@@ -83,7 +83,7 @@ with torch.inference_mode():
     found["graphs"] = [compiler.graphs]
     found["cache_hits"] = counters["inductor"]["fxgraph_cache_hit"]
     found["cache_misses"] = counters["inductor"]["fxgraph_cache_miss"]
-    found["kept"] = compiler.cache.is_file()
+    found["kept"] = any(compiler.cache.glob("*.bin"))
     if short:
         out.write_text(json.dumps(found))
         sys.exit()

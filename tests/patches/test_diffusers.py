@@ -121,4 +121,4 @@ def test_blocks_are_compiled_once_for_every_size_and_uncompiled_again(transforme
         for side, reference in expected.items():
             assert torch.allclose(run(transformer, side), reference, atol=1e-4)
         assert counter.graphs == 2
-    assert torch.equal(run(transformer), expected[4]) and counter.cache.is_file()
+    assert torch.equal(run(transformer), expected[4]) and any(counter.cache.glob("*.bin"))

@@ -6,7 +6,7 @@ import functools
 import logging
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ from ..toolkit.kernels import KERNELS
 from ..toolkit.kernels.op import attend_flat
 
 DISPATCH = "dispatch_attention_fn"  # what diffusers' processors call, by this name
+Result = TypeVar("Result")
 log = logging.getLogger("ark")
 
 
@@ -35,11 +36,39 @@ class Combustion:
         self._transformer = transformer
         self._processors: dict[str, Any] = {}
 
-    def remove(self) -> None:
-        """Restore the processors and the uncompiled blocks; harmless when done twice."""
+    def run(self, call: Callable[[], Result]) -> Result:
+        """Call what uses the transformer, as a pipeline.
+
+        If the transformer gives numbers that are not finite on a kernel of Ark's, all is called once more on diffusers' own
+        attention, which stays from then on. One look at the end, so no step waits.
+        """
+        looks: list[torch.Tensor] = []  # each 0-dim, on the device
+
+        def look(module: torch.nn.Module, args: Any, output: Any) -> None:
+            looks.append(torch.isfinite(output[0]).all())
+
+        handle = self._transformer.register_forward_hook(look)
+        try:
+            result = call()
+        finally:
+            handle.remove()
+        if not self._processors or not looks or bool(torch.stack(looks).all()):
+            return result
+        self._restore_attention()
+        log.warning(
+            "Ark attention: the kernel gave numbers that are not finite. The run was repeated on diffusers' own attention, "
+            "which is used from now on. Choose another kernel."
+        )
+        return call()
+
+    def _restore_attention(self) -> None:
         for name, processor in self._processors.items():
             self._transformer.get_submodule(name).processor = processor
         self._processors.clear()
+
+    def remove(self) -> None:
+        """Restore the processors and the uncompiled blocks; harmless when done twice."""
+        self._restore_attention()
         if self.compiler:
             self.compiler.keep()
             for block in _repeated(self._transformer):

@@ -40,6 +40,8 @@ def sample_klein(
     sigmas = klein_sigmas(steps, samples.shape[-2] * samples.shape[-1], denoise)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     guider = comfy.samplers.CFGGuider(model)
+    # once, as the host would copy it at each step, and wait for it
+    positive = [[tensor.to(model.load_device), options] for tensor, options in positive]
     guider.inner_set_conds({"positive": positive})
     guider.set_cfg(1.0)
     result = guider.sample(

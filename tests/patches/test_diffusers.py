@@ -105,6 +105,23 @@ def test_a_mask_goes_to_diffusers(transformer, counting):
     assert dispatch(q, q, q, backend=None).shape == q.shape and len(counting) == 1
 
 
+def test_a_run_that_is_not_finite_is_repeated_on_the_librarys_attention(transformer, monkeypatch, caplog):  # fmt: skip
+    expected, calls = run(transformer), []
+
+    def overflow(q, k, v):
+        calls.append(1)
+        return q / 0 if len(calls) == 2 else KERNELS["math"].attend(q, k, v)
+
+    kernel = AttentionKernel("overflow", (torch.float32,), overflow, lambda hardware: None)
+    monkeypatch.setitem(KERNELS, "overflow", kernel)
+    combustion = patch.ignite(transformer, "overflow")
+    assert torch.equal(combustion.run(lambda: run(transformer)), expected) and len(calls) == 4
+    assert "not finite" in caplog.text
+    caplog.clear()
+    assert torch.equal(combustion.run(lambda: run(transformer)), expected) and len(calls) == 4
+    assert not caplog.text and not transformer._forward_hooks
+
+
 def test_what_cannot_be_is_refused(transformer):
     with pytest.raises(KernelUnavailable):
         patch.ignite(transformer, "sage")

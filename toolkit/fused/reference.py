@@ -1,0 +1,95 @@
+"""What is computed between the matrices, in plain torch: the meaning of the Triton kernels, and what runs without them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .rows import Rows
+
+EPS = 1e-6  # of the norms without weights
+
+
+def modulate(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    rows: Rows,
+    y: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Add a gated result to the residual, then norm and modulate it for what comes next.
+
+    Args:
+        x: the residual [count, C]; `gate * y` is added in place.
+        shift: [2, B, C], for text and for image.
+        scale: as `shift`.
+        rows: what is where.
+        y: [count, C], or None for nothing to add.
+        gate: as `shift`.
+
+    Returns:
+        `norm(x) * (1 + scale) + shift`, [count, C].
+    """
+    wide = x.float()
+    if y is not None:
+        wide = wide + y.float() * rows.spread(gate).float()
+        x.copy_(wide)
+        wide = x.float()
+    normed = F.layer_norm(wide, wide.shape[-1:], eps=EPS)
+    return (normed * (1 + rows.spread(scale).float()) + rows.spread(shift).float()).to(x.dtype)
+
+
+def norm_rotate(
+    qkv: torch.Tensor,
+    q_norm: torch.Tensor,
+    k_norm: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    rows: Rows,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Norm and rotate q and k, and lay everything out for attention.
+
+    Args:
+        qkv: [count, 3 * num_heads * head_dim], rows may lie apart.
+        q_norm: [2, head_dim], for text and for image.
+        k_norm: as `q_norm`.
+        cos: [seq_len, head_dim / 2] fp32; neighbouring numbers are a pair.
+        sin: as `cos`.
+        rows: what is where.
+        eps: of the norms.
+
+    Returns:
+        q, k, v, each [B, num_heads, seq_len, head_dim], in memory [B, seq_len, num_heads, head_dim].
+    """
+    head_dim = q_norm.shape[-1]
+    q, k, v = rows.to_sequences(qkv.unflatten(1, (3, -1, head_dim))).unbind(2)
+
+    def turn(
+        x: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:  # x: [B, seq_len, num_heads, head_dim]
+        wide = F.rms_norm(x.float(), (head_dim,), eps=eps)
+        lines = (rows.txt_len, rows.img_len)
+        weight = weight.float().repeat_interleave(torch.tensor(lines, device=x.device), 0)
+        even, odd = (wide * weight[:, None]).unflatten(-1, (-1, 2)).unbind(-1)
+        c, s = cos[:, None], sin[:, None]
+        return torch.stack((even * c - odd * s, even * s + odd * c), -1).flatten(-2).to(x.dtype)
+
+    return turn(q, q_norm).transpose(1, 2), turn(k, k_norm).transpose(1, 2), v.transpose(1, 2)
+
+
+def swiglu(gate_up: torch.Tensor, rows: Rows, attention: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+    """SiLU of one half times the other, behind what attention gave.
+
+    Args:
+        gate_up: [count, 2 * M], rows may lie apart.
+        rows: what is where.
+        attention: [B, seq_len, C], or None.
+
+    Returns:
+        [count, C + M], or [count, M].
+    """
+    gate, up = gate_up.float().chunk(2, -1)
+    out = (F.silu(gate) * up).to(gate_up.dtype)
+    return out if attention is None else torch.cat((rows.to_rows(attention), out), 1)

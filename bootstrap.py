@@ -53,6 +53,7 @@ TORCH = [
     "requests==2.34.2",
 ]
 TEST = ["pytest==9.2.0", "hypothesis", "ruff==0.17.6", "diffusers", "transformers"]
+TEST += ["triton==3.6.0; sys_platform == 'linux'"]  # its interpreter needs no GPU
 # Applied as constraints: a host's requirements name the packages, these lines the versions.
 PINS = """
 aiohttp==3.14.5 alembic==1.20.1 einops==0.8.2 psutil==7.2.2 pydantic==2.14.3 pyopengl==3.1.10 pyyaml==6.0.3

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from ..toolkit import step
 from ..toolkit.errors import InputError
+from ..toolkit.fused.matrix import Plain
 from ..toolkit.kernels.op import attend_flat
 from ..toolkit.step import SingleBlock, Stream, Weights
 from .guard import OVERRIDE
@@ -141,7 +142,7 @@ def _weights(flux: Any, like: torch.Tensor) -> Weights:
     if like.dtype not in COMPUTED:
         raise Unknown(f"latents in {like.dtype}")
 
-    def of(layer: Any) -> torch.Tensor:
+    def tensor(layer: Any) -> torch.Tensor:
         weight = layer.scale if hasattr(layer, "scale") else layer.weight  # norms of older hosts
         if getattr(layer, "weight_function", None) or getattr(layer, "bias", None) is not None:
             raise Unknown("weights that are patched while they are used, or biases")
@@ -151,15 +152,17 @@ def _weights(flux: Any, like: torch.Tensor) -> Weights:
             raise Unknown(f"weights on {weight.device}, latents on {like.device}")
         return weight.to(like.dtype)
 
+    def of(layer: Any) -> Plain:
+        return Plain(tensor(layer))
+
     def stream(block: Any, name: str) -> Stream:
         attn, mlp = getattr(block, f"{name}_attn"), getattr(block, f"{name}_mlp")
         norms = attn.norm.query_norm, attn.norm.key_norm
-        return Stream(*map(of, (attn.qkv, attn.proj, mlp[0], mlp[2], *norms)))
+        return Stream(*map(of, (attn.qkv, attn.proj, mlp[0], mlp[2])), *map(tensor, norms))
 
     def single(block: Any) -> SingleBlock:
-        return SingleBlock(
-            *map(of, (block.linear1, block.linear2, block.norm.query_norm, block.norm.key_norm))
-        )
+        norms = block.norm.query_norm, block.norm.key_norm
+        return SingleBlock(of(block.linear1), of(block.linear2), *map(tensor, norms))
 
     modulations = (
         flux.double_stream_modulation_txt,

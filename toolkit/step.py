@@ -7,13 +7,15 @@ buffer, and all that stands between two matrices is one operation (`fused/`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from .fused import reference
+from .fused.matrix import Activations, Matrix, Plain
 from .fused.rows import Rows
 
 THETA = 2000.0  # of the rotary embedding
@@ -26,10 +28,10 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class Stream:
     """One stream's half of a double block; the norms are [head_dim]."""
 
-    qkv: torch.Tensor
-    proj: torch.Tensor
-    mlp_in: torch.Tensor
-    mlp_out: torch.Tensor
+    qkv: Matrix
+    proj: Matrix
+    mlp_in: Matrix
+    mlp_out: Matrix
     q_norm: torch.Tensor
     k_norm: torch.Tensor
 
@@ -38,15 +40,18 @@ class Stream:
 class SingleBlock:
     """Attention and MLP side by side: `linear_in` gives q, k, v and the MLP's halves, `linear_out` takes both results."""
 
-    linear_in: torch.Tensor
-    linear_out: torch.Tensor
+    linear_in: Matrix
+    linear_out: Matrix
     q_norm: torch.Tensor
     k_norm: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Weights:
-    """All weights of a Klein, by reference; matrices are [out, in], as torch's Linear has them.
+    """All weights of a Klein, by reference.
+
+    The matrices of the blocks may be of any precision (`fused/matrix.py`), those of both streams of a double block of the
+    same one.
 
     Attributes:
         img_in: of the latent tokens.
@@ -62,16 +67,16 @@ class Weights:
         qk_eps: of the norms of q and k.
     """
 
-    img_in: torch.Tensor
-    txt_in: torch.Tensor
-    time_in: tuple[torch.Tensor, torch.Tensor]
-    txt_mod: torch.Tensor
-    img_mod: torch.Tensor
-    single_mod: torch.Tensor
+    img_in: Plain
+    txt_in: Plain
+    time_in: tuple[Plain, Plain]
+    txt_mod: Plain
+    img_mod: Plain
+    single_mod: Plain
     double: Sequence[tuple[Stream, Stream]]
     single: Sequence[SingleBlock]
-    final_mod: torch.Tensor
-    final: torch.Tensor
+    final_mod: Plain
+    final: Plain
     qk_eps: float
 
 
@@ -81,7 +86,7 @@ class Modulation:
 
     shift: torch.Tensor
     scale: torch.Tensor
-    gate: torch.Tensor
+    gate: torch.Tensor | None = None
 
 
 def denoise(
@@ -91,7 +96,7 @@ def denoise(
     timestep: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor],
     attend: Attend,
-    ops=reference,
+    ops: Any = reference,
 ) -> torch.Tensor:
     """Predict the velocity.
 
@@ -108,61 +113,87 @@ def denoise(
         [B, img_len, 128].
     """
     rows = Rows(len(latents), prompt_embeds.shape[1], latents.shape[1])
-    x = latents.new_empty(rows.count, weights.img_in.shape[0])
+    step = _Step(weights, rows, rotary, attend, ops)
+    x = latents.new_empty(rows.count, weights.img_in.features)
     _both(x, rows, (weights.txt_in, weights.img_in), (prompt_embeds.flatten(0, 1), latents.flatten(0, 1)))  # fmt: skip
     vec = F.silu(_embed_time(weights, timestep, x.dtype))  # [B, C]
     first, second = _modulations(vec, weights)
-    third = _modulation(*F.linear(vec, weights.single_mod).chunk(3, -1))
-    shift, scale = F.linear(vec, weights.final_mod).chunk(2, -1)
+    third = _modulation(*weights.single_mod(vec).chunk(3, -1))
+    last = _modulation(*weights.final_mod(vec).chunk(2, -1))
 
-    h = ops.modulate(x, first.shift, first.scale, rows)
-    for number, streams in enumerate(weights.double):
-        after = first if number + 1 < len(weights.double) else third
-        h = _double(x, h, streams, first, second, after, rows, rotary, attend, weights.qk_eps, ops)
-    for number, block in enumerate(weights.single):
-        y = _single(h, block, rows, rotary, attend, weights.qk_eps, ops)
-        if number + 1 < len(weights.single):
-            h = ops.modulate(x, third.shift, third.scale, rows, y, third.gate)
-    picture, last = slice(rows.txt, None), Rows(rows.batch, 0, rows.img_len)
-    h = ops.modulate(x[picture], _pair(shift), _pair(scale), last, y[picture], third.gate)
-    return F.linear(h, weights.final).unflatten(0, (rows.batch, rows.img_len))
-
-
-def _double(x, h, streams, first, second, after, rows, rotary, attend, eps, ops) -> torch.Tensor:
-    """A double block: `h` is the residual `x` [count, C] modulated for it; returns it modulated for the next one."""
-    txt, img = streams
-    qkv = h.new_empty(rows.count, img.qkv.shape[0])
-    _both(qkv, rows, (txt.qkv, img.qkv), _parts(h, rows))
-    q_norm, k_norm = torch.stack((txt.q_norm, img.q_norm)), torch.stack((txt.k_norm, img.k_norm))
-    q, k, v = ops.norm_rotate(qkv, q_norm, k_norm, *rotary, rows, eps)
-    attention = rows.to_rows(attend(q, k, v).transpose(1, 2).flatten(2))
-    y = torch.empty_like(x)
-    _both(y, rows, (txt.proj, img.proj), _parts(attention, rows))
-    h = ops.modulate(x, second.shift, second.scale, rows, y, first.gate)
-    gate_up = h.new_empty(rows.count, img.mlp_in.shape[0])
-    _both(gate_up, rows, (txt.mlp_in, img.mlp_in), _parts(h, rows))
-    _both(y, rows, (txt.mlp_out, img.mlp_out), _parts(ops.swiglu(gate_up, rows), rows))
-    return ops.modulate(x, after.shift, after.scale, rows, y, second.gate)
+    wanted = [streams[0].qkv for streams in weights.double]
+    wanted += [block.linear_in for block in weights.single]  # what each block's input goes into
+    h = ops.modulate(x, first.shift, first.scale, rows, fp8=wanted[0].quantises)
+    for number, streams in enumerate(weights.double, start=1):
+        after = first if number < len(weights.double) else third
+        h = step.double(x, h, streams, first, second, after, wanted[number].quantises)
+    for number, block in enumerate(weights.single, start=len(weights.double) + 1):
+        y = step.single(h, block)
+        if number < len(wanted):
+            h = ops.modulate(x, third.shift, third.scale, rows, y, third.gate, wanted[number].quantises)  # fmt: skip
+    picture, alone = slice(rows.txt, None), Rows(rows.batch, 0, rows.img_len)
+    h = ops.modulate(x[picture], last.shift, last.scale, alone, y[picture], third.gate)
+    return weights.final(h).unflatten(0, (rows.batch, rows.img_len))
 
 
-def _single(h, block, rows, rotary, attend, eps, ops) -> torch.Tensor:
-    """A single block: `h` is the residual modulated for it; returns what is to be added, [count, C]."""
-    width = 3 * h.shape[1]
-    z = F.linear(h, block.linear_in)
-    both = (weight.expand(2, -1) for weight in (block.q_norm, block.k_norm))
-    q, k, v = ops.norm_rotate(z[:, :width], *both, *rotary, rows, eps)
-    attention = attend(q, k, v).transpose(1, 2).flatten(2)
-    return F.linear(ops.swiglu(z[:, width:], rows, attention), block.linear_out)
+@dataclass(frozen=True)
+class _Step:
+    """What the blocks of one step have in common."""
 
+    weights: Weights
+    rows: Rows
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    attend: Attend
+    ops: Any
 
-def _parts(x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-    return x[: rows.txt], x[rows.txt :]
+    def double(
+        self,
+        x: torch.Tensor,
+        h: Activations,
+        streams: tuple[Stream, Stream],
+        first: Modulation,
+        second: Modulation,
+        after: Modulation,
+        fp8_after: bool,
+    ) -> Activations:
+        """A double block: `h` is the residual `x` [count, C], modulated for it; returns it modulated for the next one."""
+        txt, img = streams
+        qkv = x.new_empty(self.rows.count, img.qkv.features)
+        _both(qkv, self.rows, (txt.qkv, img.qkv), self._parts(h))
+        norms = torch.stack((txt.q_norm, img.q_norm)), torch.stack((txt.k_norm, img.k_norm))
+        attention = self.rows.to_rows(self._attend(qkv, norms))
+        if img.proj.quantises:
+            attention = self.ops.quantise(attention)
+        y = torch.empty_like(x)
+        _both(y, self.rows, (txt.proj, img.proj), self._parts(attention))
+        h = self.ops.modulate(x, second.shift, second.scale, self.rows, y, first.gate, img.mlp_in.quantises)  # fmt: skip
+        gate_up = x.new_empty(self.rows.count, img.mlp_in.features)
+        _both(gate_up, self.rows, (txt.mlp_in, img.mlp_in), self._parts(h))
+        h = self.ops.swiglu(gate_up, self.rows, fp8=img.mlp_out.quantises)
+        _both(y, self.rows, (txt.mlp_out, img.mlp_out), self._parts(h))
+        return self.ops.modulate(x, after.shift, after.scale, self.rows, y, second.gate, fp8_after)  # fmt: skip
+
+    def single(self, h: Activations, block: SingleBlock) -> torch.Tensor:
+        """A single block: `h` is the residual, modulated for it; returns what is to be added, [count, C]."""
+        z = block.linear_in(h)
+        width = 3 * block.linear_out.features
+        norms = (weight.expand(2, -1) for weight in (block.q_norm, block.k_norm))
+        attention = self._attend(z[:, :width], norms)
+        return block.linear_out(self.ops.swiglu(z[:, width:], self.rows, attention, block.linear_out.quantises))  # fmt: skip
+
+    def _attend(self, qkv: torch.Tensor, norms: Iterable[torch.Tensor]) -> torch.Tensor:
+        """[count, 3 * C] to [B, seq_len, C]."""
+        q, k, v = self.ops.norm_rotate(qkv, *norms, *self.rotary, self.rows, self.weights.qk_eps)
+        return self.attend(q, k, v).transpose(1, 2).flatten(2)
+
+    def _parts(self, x: Activations) -> tuple[Activations, Activations]:
+        return x[: self.rows.txt], x[self.rows.txt :]
 
 
 def _both(out: torch.Tensor, rows: Rows, matrices: tuple, inputs: tuple) -> None:
     """Text by the first matrix, image by the second, into one buffer."""
-    for part, matrix, source in zip(_parts(out, rows), matrices, inputs, strict=True):
-        torch.mm(source, matrix.t(), out=part)
+    for part, matrix, source in zip((out[: rows.txt], out[rows.txt :]), matrices, inputs, strict=True):  # fmt: skip
+        matrix(source, part)
 
 
 def _embed_time(weights: Weights, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -171,12 +202,12 @@ def _embed_time(weights: Weights, timestep: torch.Tensor, dtype: torch.dtype) ->
     exponents = torch.arange(half, dtype=torch.float32, device=timestep.device) / half
     angles = (1000.0 * timestep)[:, None].float() * torch.exp(-math.log(10000.0) * exponents)
     waves = torch.cat((angles.cos(), angles.sin()), -1).to(dtype)
-    return F.linear(F.silu(F.linear(waves, weights.time_in[0])), weights.time_in[1])
+    return weights.time_in[1](F.silu(weights.time_in[0](waves)))
 
 
 def _modulations(vec: torch.Tensor, weights: Weights) -> tuple[Modulation, Modulation]:
     """Of both halves of the double blocks."""
-    lines = torch.stack((F.linear(vec, weights.txt_mod), F.linear(vec, weights.img_mod)))
+    lines = torch.stack((weights.txt_mod(vec), weights.img_mod(vec)))
     parts = lines.chunk(6, -1)  # each [2, B, C]
     return Modulation(*parts[:3]), Modulation(*parts[3:])
 

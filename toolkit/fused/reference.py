@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .matrix import Activations, quantise
 from .rows import Rows
+
+__all__ = ["modulate", "norm_rotate", "quantise", "swiglu"]
 
 EPS = 1e-6  # of the norms without weights
 
@@ -17,7 +20,8 @@ def modulate(
     rows: Rows,
     y: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
-) -> torch.Tensor:
+    fp8: bool = False,
+) -> Activations:
     """Add a gated result to the residual, then norm and modulate it for what comes next.
 
     Args:
@@ -27,6 +31,7 @@ def modulate(
         rows: what is where.
         y: [count, C], or None for nothing to add.
         gate: as `shift`.
+        fp8: whether the result is wanted in fp8.
 
     Returns:
         `norm(x) * (1 + scale) + shift`, [count, C].
@@ -37,7 +42,8 @@ def modulate(
         x.copy_(wide)
         wide = x.float()
     normed = F.layer_norm(wide, wide.shape[-1:], eps=EPS)
-    return (normed * (1 + rows.spread(scale).float()) + rows.spread(shift).float()).to(x.dtype)
+    result = normed * (1 + rows.spread(scale).float()) + rows.spread(shift).float()
+    return quantise(result) if fp8 else result.to(x.dtype)
 
 
 def norm_rotate(
@@ -79,17 +85,22 @@ def norm_rotate(
     return turn(q, q_norm).transpose(1, 2), turn(k, k_norm).transpose(1, 2), v.transpose(1, 2)
 
 
-def swiglu(gate_up: torch.Tensor, rows: Rows, attention: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+def swiglu(
+    gate_up: torch.Tensor, rows: Rows, attention: torch.Tensor | None = None, fp8: bool = False
+) -> Activations:
     """SiLU of one half times the other, behind what attention gave.
 
     Args:
         gate_up: [count, 2 * M], rows may lie apart.
         rows: what is where.
         attention: [B, seq_len, C], or None.
+        fp8: whether the result is wanted in fp8.
 
     Returns:
         [count, C + M], or [count, M].
     """
     gate, up = gate_up.float().chunk(2, -1)
-    out = (F.silu(gate) * up).to(gate_up.dtype)
-    return out if attention is None else torch.cat((rows.to_rows(attention), out), 1)
+    out = F.silu(gate) * up
+    if attention is not None:
+        out = torch.cat((rows.to_rows(attention).float(), out), 1)
+    return quantise(out) if fp8 else out.to(gate_up.dtype)

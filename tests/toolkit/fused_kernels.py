@@ -1,0 +1,95 @@
+"""The Triton kernels against plain torch; `test_fused.py` runs this in a process of its own, as Triton's interpreter wants."""
+
+import os
+
+import pytest
+import torch
+
+from ark.toolkit.fused import fast, reference
+from ark.toolkit.fused.matrix import Quantised
+from ark.toolkit.fused.rows import Rows
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+CASES = [
+    (1, 5, 7, 2),
+    (2, 3, 4, 3),
+    (3, 1, 3, 9),
+    (1, 0, 6, 2),
+]  # batch, text and image tokens, heads
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+DTYPES = [torch.float32, torch.float16]
+if DEVICE == "cuda":  # the interpreter gets bf16 wrong
+    DTYPES.append(torch.bfloat16)
+    CASES += [(1, 512, 4096, 24), (2, 77, 1000, 32)]
+
+
+@pytest.fixture
+def random():
+    torch.manual_seed(0)
+    return lambda dtype, *shape: torch.randn(shape).to(DEVICE, dtype)
+
+
+def check(found, expected):
+    if isinstance(expected, Quantised):
+        assert found.data.dtype == expected.data.dtype
+        torch.testing.assert_close(found.scale, expected.scale, rtol=1e-2, atol=0)
+        error, limit = (found.wide() - expected.wide()).norm(), 0.01 if DEVICE == "cuda" else 0.1
+        assert error <= limit * expected.wide().norm()  # the interpreter rounds down
+        return
+    tolerance = TOLERANCE[expected.dtype]
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=8 * tolerance)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_modulate(random, case, dtype, add, fp8):
+    rows, width = Rows(*case[:3]), 128 * case[3]
+    shift, scale, gate = random(dtype, 2, rows.batch, 6 * width).chunk(6, -1)[:3]
+    same = random(dtype, rows.batch, width).expand(2, -1, -1)  # one table for text and image
+    x, y = random(dtype, rows.count, width), random(dtype, rows.count, width)
+    for tables in ((shift, scale, gate), (same, same, gate), (shift, scale, same)):
+        residuals = x.clone(), x.clone()
+        found, expected = (
+            ops.modulate(mine, *tables[:2], rows, *((y, tables[2]) if add else ()), fp8=fp8)
+            for ops, mine in zip((fast, reference), residuals, strict=True)
+        )
+        check(found, expected)
+        check(*residuals)
+        assert torch.equal(residuals[0], x) != add
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("apart", [0, 200])
+def test_norm_rotate(random, case, dtype, apart):
+    rows, width = Rows(*case[:3]), 128 * case[3]
+    qkv = random(dtype, rows.count, 3 * width + apart)[:, : 3 * width]
+    norms = random(dtype, 2, 128), random(dtype, 1, 128).expand(2, -1)
+    angles = random(torch.float32, rows.seq_len, 64)
+    arguments = (qkv, *norms, angles.cos(), angles.sin(), rows, 1e-6)
+    found, expected = fast.norm_rotate(*arguments), reference.norm_rotate(*arguments)
+    for mine, other in zip(found, expected, strict=True):
+        check(mine, other)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_attention", [False, True])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_swiglu(random, case, dtype, with_attention, fp8):
+    rows, width = Rows(*case[:3]), 700
+    gate_up = random(dtype, rows.count, 128 + 2 * width)[:, 128:]
+    attention = random(dtype, rows.batch, rows.seq_len, 128 * case[3]) if with_attention else None
+    found, expected = (ops.swiglu(gate_up, rows, attention, fp8) for ops in (fast, reference))
+    check(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "width"), [(1, 128), (5, 300), (3, 4096)])
+def test_quantise(random, dtype, count, width):
+    x = random(dtype, count, width + 7)[:, :width]
+    x[0] = 0
+    check(fast.quantise(x), reference.quantise(x))

@@ -1,0 +1,103 @@
+"""The matrices of a model, in the precision that they are multiplied in: one small class each, behind one signature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+SMALLEST = 1e-12  # of a row's largest number, so that a row of zeros has a scale
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Rows in fp8: `data * scale` is what they mean.
+
+    Attributes:
+        data: [count, K] float8_e4m3fn.
+        scale: [count, 1] fp32.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor
+
+    def __getitem__(self, part: slice) -> Quantised:
+        return Quantised(self.data[part], self.scale[part])
+
+    def wide(self) -> torch.Tensor:
+        """[count, K] fp32."""
+        return self.data.float() * self.scale
+
+
+Activations = torch.Tensor | Quantised
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A matrix as the file has it.
+
+    Attributes:
+        weight: [out, in].
+        quantises: whether it wants its input in fp8.
+    """
+
+    weight: torch.Tensor
+    quantises: bool = False
+
+    @property
+    def features(self) -> int:
+        """Width of the output."""
+        return self.weight.shape[0]
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[count, in] to [count, out]."""
+        return torch.mm(x, self.weight.t(), out=out)
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """A matrix in fp8, one scale an output; its input has one a row. Accumulates as the tensor cores do it fast.
+
+    Attributes:
+        weight: [out, in] float8_e4m3fn.
+        scale: [1, out] fp32.
+        dtype: of the output.
+        quantises: whether it wants its input in fp8.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    dtype: torch.dtype
+    quantises: bool = True
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Fp8:
+        """Quantise a matrix [out, in]."""
+        rows = quantise(weight)
+        return cls(rows.data, rows.scale.t().contiguous(), weight.dtype)
+
+    @property
+    def features(self) -> int:
+        """Width of the output."""
+        return self.weight.shape[0]
+
+    def __call__(self, x: Quantised, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[count, in] to [count, out]."""
+        if x.data.device.type == "cpu":  # has no such kernel
+            result = (x.wide() @ (self.weight.float() * self.scale.t()).t()).to(self.dtype)
+            return result if out is None else out.copy_(result)
+        return torch._scaled_mm(
+            x.data, self.weight.t(), x.scale, self.scale, out_dtype=self.dtype, use_fast_accum=True, out=out
+        )  # fmt: skip
+
+
+Matrix = Plain | Fp8
+
+
+def quantise(x: torch.Tensor) -> Quantised:
+    """[count, K] to fp8, each row by its largest number."""
+    wide = x.float()
+    scale = wide.abs().amax(1, keepdim=True).clamp(min=SMALLEST) / FP8_MAX
+    return Quantised((wide / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale)

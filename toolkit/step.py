@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -78,6 +78,14 @@ class Weights:
     final_mod: Plain
     final: Plain
     qk_eps: float
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where everything lies: the same while nothing was replaced."""
+        blocks = [*(stream for streams in self.double for stream in streams), *self.single]
+        parts = [getattr(block, field.name) for block in blocks for field in fields(block)]
+        parts += [self.img_in, self.txt_in, *self.time_in, self.txt_mod, self.img_mod]
+        parts += [self.single_mod, self.final_mod, self.final]
+        return tuple(getattr(part, "weight", part).data_ptr() for part in parts)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -73,8 +74,8 @@ class Fp8:
     quantises: bool = True
 
     @classmethod
-    def of(cls, weight: torch.Tensor) -> Fp8:
-        """Quantise a matrix [out, in]."""
+    def of(cls, weight: torch.Tensor, quantise: Callable[[torch.Tensor], Quantised]) -> Fp8:
+        """Quantise a matrix [out, in], by a function as `quantise`."""
         rows = quantise(weight)
         return cls(rows.data, rows.scale.t().contiguous(), weight.dtype)
 

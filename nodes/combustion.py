@@ -1,4 +1,4 @@
-"""ArkSageCombustion: an attention kernel for one MODEL."""
+"""ArkSageCombustion: an attention kernel for one MODEL, its blocks compiled, or its whole step in Ark's own kernels."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from comfy_api.latest import io
 from ..patches.attention import set_attention
 from ..patches.compile import CHOICES as COMPILE
 from ..patches.compile import set_compile
+from ..patches.fused import PRECISIONS, remove_fused, set_fused
+from ..toolkit.errors import InputError
 from ..toolkit.kernels import KERNELS
 
 ATTENTION = ["auto", *KERNELS, "none"]
+ENGINES = ["host", "fused"]
 
 
 class ArkSageCombustion(io.ComfyNode):
-    """Sets attention kernel and compilation on a clone of the model; bypassing the node leaves the model as it was."""
+    """Sets attention kernel, compilation and engine on a clone; bypassing the node leaves the model as it was."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -22,8 +25,8 @@ class ArkSageCombustion(io.ComfyNode):
             node_id="ArkSageCombustion",
             display_name="Ark Sage Combustion",
             category="Ark",
-            description="Runs this model's attention on a faster kernel, and its blocks compiled if you like. Acts on a copy of "
-            "the model's options only.",
+            description="Runs this model's attention on a faster kernel, and if you like its blocks compiled, or its whole "
+            "step fused. Acts on a copy of the model's options only.",
             inputs=[
                 io.Model.Input("model", tooltip="A FLUX.2-Klein MODEL; it is not changed."),
                 io.Combo.Input(
@@ -45,6 +48,22 @@ class ArkSageCombustion(io.ComfyNode):
                     "compiled. default: a good choice. reduce-overhead: CUDA graphs. max-autotune-no-cudagraphs: tries "
                     "more kernels, compiles longest. off: also cancels an earlier one.",
                 ),
+                io.Combo.Input(
+                    "engine",
+                    options=ENGINES,
+                    default="host",
+                    optional=True,
+                    tooltip="host: ComfyUI's own code runs the model. fused: Ark's step of few, large kernels, with nothing to "
+                    "compile; what it does not know (ControlNet, patches of other nodes) still runs on ComfyUI's code.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default="bf16",
+                    optional=True,
+                    tooltip="Of the fused engine's large matrices. bf16: as they are. fp8: faster, lossy; made on the card "
+                    "from the weights, LoRAs included. An fp8 file runs in fp8 either way.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with the kernel set."),
@@ -55,20 +74,39 @@ class ArkSageCombustion(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, attention: str, compile: str = "off") -> bool | str:
+    def validate_inputs(
+        cls, attention: str, compile: str = "off", engine: str = "host", precision: str = "bf16"
+    ) -> bool | str:
         """Older hosts do not check V3 combos."""
         for name, value, known in (
             ("attention", attention, ATTENTION),
             ("compile", compile, COMPILE),
+            ("engine", engine, ENGINES),
+            ("precision", precision, PRECISIONS),
         ):
             if value not in known:
                 return f"{name}: {value} is not one of {', '.join(known)}."
         return True
 
     @classmethod
-    def execute(cls, model, attention: str, compile: str = "off") -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        attention: str,
+        compile: str = "off",
+        engine: str = "host",
+        precision: str = "bf16",
+    ) -> io.NodeOutput:
         """Patch a clone."""
+        if engine == "fused" and compile != "off":
+            raise InputError("The fused engine has nothing to compile.", "Set compile to off, or engine to host.")  # fmt: skip
+        if engine == "host" and precision != "bf16":
+            raise InputError(f"{precision} is a precision of the fused engine.", "Set engine to fused, or precision to bf16.")  # fmt: skip
         patched, report = set_attention(model, attention)
         patched, more, _ = set_compile(patched, compile)
         report = f"{report}\n{more}" if compile != "off" else report
+        patched, more = (
+            set_fused(patched, precision) if engine == "fused" else (remove_fused(patched), "")
+        )
+        report = f"{report}\n{more}" if more else report
         return io.NodeOutput(patched, report, ui={"text": [report]})

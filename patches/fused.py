@@ -132,6 +132,11 @@ class Engine:
         self.graphs, self.reasons = Graphs(), set()
         self._fp8: dict[int, tuple[weakref.ref, Fp8]] = {}  # by the weight's id
 
+    def __str__(self) -> str:
+        graphs = f"no CUDA graph ({self.graphs.why_not})" if self.graphs.why_not else f"{self.graphs.recorded} CUDA graphs"  # fmt: skip
+        instead = f"; ComfyUI's own forward ran instead ({'; '.join(sorted(self.reasons))})" if self.reasons else ""  # fmt: skip
+        return f"fused, {self.precision}, {graphs}{instead}"
+
     def forward(self, flux: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the host's `forward_orig`."""
         own = type(flux).forward_orig

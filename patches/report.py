@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..toolkit.architecture import LATENT_CHANNELS, SPATIAL_FACTOR
+from . import fused
 from .attention import set_attention
 from .compile import APPLY_MODEL, KEY, set_compile
 from .guard import OVERRIDE
@@ -51,7 +52,7 @@ def report_on(model: Any, size: tuple[int, int], compare: bool) -> Report:
     models = {"this model": model}
     if compare:
         plain, _ = set_attention(model, "none")
-        models["without Ark"] = set_compile(plain, "off")[0]
+        models["without Ark"] = fused.remove_fused(set_compile(plain, "off")[0])
     for name, patched in models.items():
         step_ms[name], samples[name] = _time(patched, size)
     if compiler:
@@ -61,6 +62,10 @@ def report_on(model: Any, size: tuple[int, int], compare: bool) -> Report:
         )
     else:
         lines.append("compile: off")
+    lines += [
+        f"engine: {wrapper.engine}"
+        for wrapper in model.get_wrappers(fused.DIFFUSION_MODEL, fused.KEY)
+    ]
     lines += [f"{name}: {ms:.2f} ms a step at {size[0]}x{size[1]}" for name, ms in step_ms.items()]
     if compare:
         here, there = samples.values()

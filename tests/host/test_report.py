@@ -44,3 +44,15 @@ def test_without_anything_set(server):
 def test_a_size_that_cannot_be_read_is_refused(server):
     with pytest.raises(NodeError, match="size: "):
         run(server, "none", False, "wide")
+
+
+def test_the_engine_is_named(server):
+    graph = server.graph(ArkSageCombustion={"attention": "none", "engine": "fused"})
+    model = graph[server.node_of(graph, "ArkSampler4Step")]["inputs"]["model"]
+    wanted = {model[0], server.node_of(graph, "ArkFastLoader")}
+    graph = {number: node for number, node in graph.items() if number in wanted}
+    graph["report"] = {"class_type": "ArkReport", "inputs": {"model": model, "size": "64x64", "compare": True}}  # fmt: skip
+    events = server.client.run(graph, timeout=180)["events"]
+    (text,) = next(d["output"]["text"] for k, d in events if k == "executed" and d["node"] == "report")  # fmt: skip
+    assert "engine: fused, bf16, 0 CUDA graphs\n" in text
+    assert 0 < float(text.split("difference: ")[1].split()[0]) < 1e-4

@@ -59,6 +59,11 @@ class Graphs:
             self._recorded.popitem(last=False)
         return recorded.replay(inputs)
 
+    @property
+    def recorded(self) -> int:
+        """How many recordings there are."""
+        return len(self._recorded)
+
     def clear(self) -> None:
         """Give up what was recorded, and its memory."""
         self._seen.clear()

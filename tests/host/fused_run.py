@@ -1,0 +1,158 @@
+"""Run inside a host's Python path: `fused_run.py HOST PACK_PARENT OUT`; what the fused engine does to a model, as JSON."""
+
+import json
+import logging.handlers
+import sys
+from pathlib import Path
+
+host, pack_parent, out = (Path(arg) for arg in sys.argv[1:4])
+sys.argv = sys.argv[:1]
+sys.path.insert(0, str(host))
+from comfy.cli_args import args  # noqa: E402
+
+args.cpu = True
+import comfy.model_management  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+sys.path.append(str(pack_parent))
+from ark.patches.attention import set_attention  # noqa: E402
+from ark.patches.fused import DIFFUSION_MODEL, KEY, remove_fused, set_fused  # noqa: E402
+from ark.patches.sampling import sample_klein  # noqa: E402
+from ark.patches.transformer import load_transformer  # noqa: E402
+from ark.toolkit.embedded import ASSETS  # noqa: E402
+from ark.toolkit.kernels import KERNELS, AttentionKernel  # noqa: E402
+
+KLEIN = ASSETS / "diffusion_models" / "ark_tiny_klein.safetensors"
+QKV = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+found = {}
+
+
+def sample(model, size=(4, 5), batch=1, txt_len=32, references=0):
+    torch.manual_seed(0)
+    options = {"pooled_output": None}
+    if references:
+        options["reference_latents"] = [torch.randn(1, 128, 3 + n, 4) for n in range(references)]
+    positive = [[torch.randn(1, txt_len, 192), options]]
+    latent = {"samples": torch.zeros(batch, 128, *size)}
+    return sample_klein(model, positive, latent, 7, 2, 1.0)["samples"]
+
+
+def with_lora(model, strength):
+    torch.manual_seed(1)
+    patched = model.clone()
+    shape = patched.model.state_dict()[QKV].shape
+    assert patched.add_patches({QKV: ("diff", (torch.randn(shape) * 0.05,))}, strength)
+    return patched
+
+
+def difference(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def engine_of(model):
+    return model.get_wrappers(DIFFUSION_MODEL, KEY)[0].engine
+
+
+def write_fp8(path):
+    """The transformer with its blocks in fp8 e4m3, one scale a tensor, told by the file's metadata."""
+    tensors, layers = {}, {}
+    for name, tensor in load_file(KLEIN).items():
+        if tensor.ndim == 2 and "_blocks." in name:
+            layer, scale = name.removesuffix(".weight"), tensor.float().abs().max() / 448
+            tensors[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+            tensors[f"{layer}.weight_scale"] = scale
+            layers[layer] = {"format": "float8_e4m3fn"}
+        else:
+            tensors[name] = tensor
+    save_file(tensors, path, {"_quantization_metadata": json.dumps({"layers": layers})})
+    return path
+
+
+with torch.inference_mode():
+    model, _ = load_transformer(KLEIN)
+    flux = model.model.diffusion_model
+    attributes = set(vars(flux))
+    expected = sample(model)
+    fused, found["report"] = set_fused(model)
+    cases = {
+        "plain": {},
+        "other_size": {"size": (7, 3)},
+        "batch": {"batch": 3},
+        "long_prompt": {"txt_len": 520},
+        "one_reference": {"references": 1},
+        "references_and_batch": {"references": 3, "batch": 2},
+    }
+    found["errors"] = {
+        name: difference(sample(fused, **how), sample(model, **how)) for name, how in cases.items()
+    }
+    found["reasons"] = sorted(engine_of(fused).reasons)
+
+    # attention by one of Ark's kernels
+    calls = []
+    counting = AttentionKernel(
+        "counting",
+        (torch.float32,),
+        lambda q, k, v: calls.append(1) or KERNELS["math"].attend(q, k, v),
+        lambda hw: None,
+    )
+    KERNELS["counting"] = counting
+    attended, _ = set_attention(fused, "counting")
+    found["errors"]["own_kernel"] = difference(sample(attended), expected)
+    found["kernel_calls"] = len(calls)
+
+    for strength in (1.0, 0.5):
+        found["errors"][f"lora_{strength}"] = difference(
+            sample(with_lora(fused, strength)), sample(with_lora(model, strength))
+        )
+    found["lora_matters"] = difference(sample(with_lora(model, 0.5)), expected)
+    found["errors"]["lora_removed"] = difference(sample(fused), expected)
+
+    # what it does not know goes to the host
+    messages = logging.handlers.MemoryHandler(1000)
+    logging.getLogger("ark").addHandler(messages)
+    patched = fused.clone()
+    patched.set_model_patch_replace(
+        lambda args, extra: extra["original_block"](args), "dit", "double_block", 0
+    )
+    found["patched_by_others"] = torch.equal(sample(patched), expected)
+    sample(patched)
+    found["told"] = [r.getMessage() for r in messages.buffer if "own forward" in r.getMessage()]
+    foreign = fused.clone()
+    foreign.model_options["transformer_options"] = {
+        **foreign.model_options.get("transformer_options", {}),
+        "optimized_attention_override": lambda func, *a, **k: func(*a, **k),
+    }
+    found["attention_by_others"] = torch.equal(sample(foreign), expected)
+
+    # fp8
+    low, _ = set_fused(model, "fp8")
+    first = sample(low)
+    found["fp8_error"] = difference(first, expected)
+    found["fp8_repeats"] = torch.equal(sample(low), first)
+    found["fp8_matrices"] = len(engine_of(low)._fp8)
+    changed = sample(with_lora(low, 1.0))
+    found["fp8_lora"] = [
+        difference(changed, first),
+        difference(changed, sample(with_lora(model, 1.0))),
+    ]
+    found["fp8_again"] = torch.equal(sample(low), first)
+    comfy.model_management.unload_all_models()
+    found["fp8_after_unload"] = len(engine_of(low)._fp8)
+    found["fp8_reloaded"] = torch.equal(sample(low), first)
+
+    # two settings in turns, none disturbs the other
+    turns = [sample(m) for m in (fused, low, model, fused, low, model)]
+    found["turns"] = [torch.equal(a, b) for a, b in zip(turns[:3], turns[3:], strict=True)]
+
+    file8, _ = load_transformer(write_fp8(out.with_name("fp8.safetensors")))
+    reference = sample(file8)
+    engine8, _ = set_fused(file8)
+    found["fp8_file"] = [difference(sample(engine8), reference), difference(reference, expected)]
+    found["fp8_file_reasons"] = sorted(engine_of(engine8).reasons)
+
+    found["removed_identical"] = torch.equal(sample(remove_fused(fused.clone())), expected)
+    found["source_identical"] = torch.equal(sample(model), expected)
+    found["attributes_unchanged"] = set(vars(flux)) == attributes
+    comfy.model_management.unload_all_models()
+out.write_text(json.dumps(found))

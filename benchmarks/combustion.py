@@ -3,8 +3,8 @@
 One process with ComfyUI's real model object, Klein 4B's true shapes with random weights, 1024x1024, bf16: ComfyUI as it is,
 its own TorchCompileModel, Ark's attention alone, and Ark's attention with compiled blocks, in turns. The first call of each
 compiled one is timed, too; a second process (`--again`, started by the first), in which only Ark's own cache is left, shows
-what that saves, and counts what new sizes and LoRAs compile anew. Needs a GPU and 8 GB of disk; `--tiny` runs it with the embedded model, on a CPU too,
-to test the benchmark itself (then nothing is recorded).
+what that saves, and counts what new sizes and LoRAs compile anew. Needs a GPU and 8 GB of disk; `--tiny` runs it with the
+embedded model, on a CPU too, to test the benchmark itself (then nothing is recorded).
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+from ark.benchmarks.klein import four_steps, import_host, load_klein
 
 
 def arguments() -> argparse.Namespace:
@@ -34,79 +35,32 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def host(comfyui: Path) -> None:
-    """Make the host's modules importable, as its main does; Ark's own come after them."""
-    sys.argv = sys.argv[:1]
-    sys.path.insert(0, str(comfyui))
-    import torch
-    from comfy.cli_args import args
-
-    args.cpu = not torch.cuda.is_available()
-
-
-class Case:
-    """One model to sample with, and how long its first call took."""
-
-    def __init__(self, model: object, size: int, width: int):
-        self.model, self.size, self.width = model, size, width
-        self.first = self.seconds(0)
-
-    def seconds(self, seed: int, size: int | None = None) -> float:
-        """Four steps, to the last kernel's end."""
-        import torch
-
-        from ark.patches.sampling import sample_klein
-
-        side = (size or self.size) // 16
-        generator = torch.Generator().manual_seed(seed)
-        positive = [[torch.randn(1, 512, self.width, generator=generator), {"pooled_output": None}]]
-        latent = {"samples": torch.zeros(1, 128, side, side)}
-        start = time.perf_counter()
-        samples = sample_klein(self.model, positive, latent, seed, 4, 1.0)["samples"]
-        samples.cpu()  # waits
-        return time.perf_counter() - start
-
-
-def load(args: argparse.Namespace, folder: Path) -> tuple[object, int, int]:
-    """The MODEL, the picture's size in px, the conditioning's width."""
-    from ark.benchmarks.models import transformer_shapes, write_random
-    from ark.patches.transformer import load_transformer
-    from ark.toolkit.embedded import ASSETS
-
-    path = ASSETS / "diffusion_models" / "ark_tiny_klein.safetensors"
-    if not args.tiny:
-        path = folder / "flux-2-klein-4b.safetensors"
-        write_random(path, transformer_shapes())
-    model, dims = load_transformer(path)
-    return model, 256 if args.tiny else 1024, dims.context_dim
-
-
-def again(args: argparse.Namespace, folder: Path) -> dict:
+def again(args: argparse.Namespace, folder: Path, size: int) -> dict:
     """A second process: the first compiled image, then what new sizes and LoRAs compile."""
     import torch
 
     from ark.patches.attention import set_attention
     from ark.patches.compile import set_compile
 
-    model, size, width = load(args, folder)
+    model, width = load_klein(folder, args.tiny)
     patched, _, compiler = set_compile(set_attention(model, "auto")[0], args.mode)
-    case = Case(patched, size, width)
+    first, _ = four_steps(patched, width, size)
     before, compiled = compiler.graphs, compiler.seconds
     for other in (size - 64, size // 2, size + 64):
-        case.seconds(1, other)
+        four_steps(patched, width, other)
     key = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
     shape = model.model.state_dict()[key].shape
     for strength in (1.0, 0.5):
         with_lora = patched.clone()
         with_lora.add_patches({key: ("diff", (torch.randn(shape) * 0.01,))}, strength)
-        Case(with_lora, size, width)
-    print(f"second process: {case.first:.2f} s, {compiled:.2f} s of it for the compiler's backend")
-    return {"first": case.first, "anew": compiler.graphs - before}
+        four_steps(with_lora, width, size)
+    print(f"second process: {first:.2f} s, {compiled:.2f} s of it for the compiler's backend")
+    return {"first": first, "anew": compiler.graphs - before}
 
 
 def main() -> None:
     args = arguments()
-    host(args.comfyui)
+    known, size = import_host(args.comfyui), 256 if args.tiny else 1024
     import torch
 
     from ark.benchmarks.models import model_folder
@@ -115,25 +69,24 @@ def main() -> None:
         raise SystemExit("this needs a GPU; --tiny tests the script itself")
     if args.again:
         with torch.inference_mode():
-            found = again(args, args.again)
+            found = again(args, args.again, size)
         (args.again / "again.json").write_text(json.dumps(found))
         return
     with model_folder(args.folder) as folder, torch.inference_mode():
-        rows = measure(args, folder)
+        rows = measure(args, folder, size)
     for item in rows:
         print(item)
     if args.tiny:
         return
     from ark.benchmarks.record import bar_chart, write_record
 
-    known = (args.comfyui / "comfyui_version.py").read_text(encoding="utf-8").split('"')[-2]
     versions = {"python": platform.python_version(), "torch": torch.__version__, "comfyui": known}
     card = torch.cuda.get_device_name()
     print(write_record("combustion", card, versions, rows))
     print(bar_chart("combustion", f"Klein 4B, bf16, 1024x1024, ms ({card}), shorter is better", rows))  # fmt: skip
 
 
-def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
+def measure(args: argparse.Namespace, folder: Path, size: int) -> list[dict]:
     """The cases in turns, then the second process."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
@@ -141,7 +94,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
     from ark.patches.attention import set_attention
     from ark.patches.compile import set_compile
 
-    model, size, width = load(args, folder)
+    model, width = load_klein(folder, args.tiny)
     attention, report = set_attention(model, "auto")
     print(report)
     compiled, _, _ = set_compile(attention, args.mode)
@@ -149,14 +102,14 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
     skip = {"guard_filter_fn": lambda guards: ["transformer_options" not in g.name for g in guards]}
     set_torch_compile_wrapper(model=theirs, backend="inductor", options=skip)
     models = {"comfyui_static": model, "ark_attention": attention, "ark_compiled": compiled, "comfyui_compile": theirs}  # fmt: skip
-    cases = {}
+    first = {}
     for name, patched in models.items():
-        cases[name] = Case(patched, size, width)
-        print(f"{name}: first call {cases[name].first:.2f} s", flush=True)
-    times: dict[str, list[float]] = {name: [] for name in cases}
+        first[name] = 1e3 * four_steps(patched, width, size)[0]
+        print(f"{name}: first call {first[name]:.0f} ms", flush=True)
+    times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(args.repeat):
-        for name in list(cases)[:: 1 if turn % 2 == 0 else -1]:
-            times[name].append(1e3 * cases[name].seconds(turn))
+        for name in list(models)[:: 1 if turn % 2 == 0 else -1]:
+            times[name].append(1e3 * four_steps(models[name], width, size, turn)[0])
     median = {name: statistics.median(values) for name, values in times.items()}
     print({name: round(value, 1) for name, value in median.items()}, flush=True)
     command = [sys.executable, __file__, "--comfyui", args.comfyui, "--again", folder, "--mode", args.mode]  # fmt: skip
@@ -170,7 +123,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
         row("attention_only", median["ark_attention"], "ms", args.repeat, peers),
         row("attention_compile", median["ark_compiled"], "ms", args.repeat, peers),
         row("second_process_first_image", 1e3 * second["first"], "ms", 1,
-            {"first_process": 1e3 * cases["ark_compiled"].first, "comfyui_compile": 1e3 * cases["comfyui_compile"].first}, note=note),
+            {"first_process": first["ark_compiled"], "comfyui_compile": first["comfyui_compile"]}, note=note),
     ]  # fmt: skip
 
 

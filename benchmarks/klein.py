@@ -1,0 +1,55 @@
+"""What the benchmarks of sampling share: a host's modules, its MODEL of Klein, and one timed run of four steps."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+STEPS = 4
+
+
+def import_host(comfyui: Path) -> str:
+    """Make the host's modules importable, as its main does; Ark's own come after them. Returns the host's version."""
+    sys.argv = sys.argv[:1]
+    sys.path.insert(0, str(comfyui))
+    import torch
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()
+    import comfy.utils
+
+    comfy.utils.PROGRESS_BAR_ENABLED = False
+    return (comfyui / "comfyui_version.py").read_text(encoding="utf-8").split('"')[-2]
+
+
+def load_klein(folder: Path, tiny: bool) -> tuple[object, int]:
+    """The MODEL, with Klein 4B's true shapes and random weights or the embedded one; and the conditioning's width."""
+    from ark.benchmarks.models import transformer_shapes, write_random
+    from ark.patches.transformer import load_transformer
+    from ark.toolkit.embedded import ASSETS
+
+    path = ASSETS / "diffusion_models" / "ark_tiny_klein.safetensors"
+    if not tiny:
+        path = folder / "flux-2-klein-4b.safetensors"
+        write_random(path, transformer_shapes())
+    model, dims = load_transformer(path)
+    return model, dims.context_dim
+
+
+def four_steps(model, width: int, size: int, seed: int = 0, batch: int = 1, references: int = 0):  # noqa: ANN001
+    """Seconds of four steps, to the last kernel's end, and the latents [B, 128, size / 16, size / 16]."""
+    import torch
+
+    from ark.patches.sampling import sample_klein
+
+    side = size // 16
+    generator = torch.Generator().manual_seed(seed)
+    options: dict = {"pooled_output": None}
+    if references:
+        options["reference_latents"] = [torch.randn(1, 128, side, side, generator=generator) for _ in range(references)]  # fmt: skip
+    positive = [[torch.randn(1, 512, width, generator=generator), options]]
+    latent = {"samples": torch.zeros(batch, 128, side, side)}
+    start = time.perf_counter()
+    samples = sample_klein(model, positive, latent, seed, STEPS, 1.0)["samples"].cpu()  # waits
+    return time.perf_counter() - start, samples

@@ -1,0 +1,220 @@
+"""Four steps with the fused engine: `python benchmarks/sampling.py --comfyui DIR [--folder DIR] [--repeat 10]`.
+
+One process with ComfyUI's real model object, Klein 4B's true shapes with random weights: ComfyUI as it is against the fused
+engine in bf16 and fp8, in turns, at several sizes, as a batch, and editing with one reference. The floor, from the same run:
+the model's own matrices by the library's GEMM, and cuDNN's attention, nothing else. Then the numbers: how far the latents
+are from those in fp32. Two processes more show the first image with an empty cache of kernels and with a warm one. Needs a
+GPU and 8 GB of disk; `--tiny` runs it with the embedded model, on a CPU too, to test the benchmark itself (then nothing is
+recorded).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from ark.benchmarks.klein import STEPS, four_steps, import_host, load_klein
+
+CASES = {
+    "t2i_1024": {"size": 1024},
+    "t2i_512": {"size": 512},
+    "t2i_1536": {"size": 1536},
+    "batch4": {"size": 1024, "batch": 4},
+    "edit1": {"size": 1024, "references": 1},
+}
+TINY = {name: {**how, "size": 128} for name, how in CASES.items()}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--comfyui", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, help="where the file is made and kept (default: temporary)")  # fmt: skip
+    parser.add_argument("--repeat", type=int, default=10)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--first", choices=("bf16", "fp8"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    known = import_host(args.comfyui)
+    import torch
+
+    from ark.benchmarks.models import model_folder
+    from ark.benchmarks.record import RESULTS, bar_chart, write_record
+
+    if not args.tiny and not torch.cuda.is_available():
+        raise SystemExit("this needs a GPU; --tiny tests the script itself")
+    with model_folder(args.folder) as folder, torch.inference_mode():
+        if args.first:
+            print(json.dumps(first_image(folder, args)))
+            return
+        rows, profile = measure(folder, args)
+    if args.tiny:
+        return
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "comfyui": known}
+    card = torch.cuda.get_device_name()
+    print(write_record("sampling", card, versions, rows))
+    (RESULTS / "sampling_profile.txt").write_text(profile, encoding="utf-8")
+    timed = [row for row in rows if row["unit"] == "ms"]
+    print(bar_chart("sampling", f"Klein 4B, {STEPS} steps, ms ({card}), shorter is better", timed))
+
+
+def first_image(folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """What a fresh process takes for its first image after the model is on the device, and for later ones; ms."""
+    import comfy.model_management
+
+    from ark.patches.attention import set_attention
+    from ark.patches.fused import set_fused
+
+    model, width = load_klein(folder, args.tiny)
+    patched, _ = set_fused(set_attention(model, "auto")[0], args.first)
+    comfy.model_management.load_models_gpu([patched])
+    how = (TINY if args.tiny else CASES)["t2i_1024"]
+    times = [1e3 * four_steps(patched, width, seed=seed, **how)[0] for seed in range(6)]
+    return {"first": times[0], "second": times[1], "steady": statistics.median(times[2:])}
+
+
+def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict], str]:
+    """The rows, and a table of kernels."""
+    import torch
+
+    from ark.benchmarks.record import row
+    from ark.patches.attention import set_attention
+    from ark.patches.fused import DIFFUSION_MODEL, KEY, set_fused
+
+    model, width = load_klein(folder, args.tiny)
+    attention, report = set_attention(model, "auto")
+    print(report)
+    models = {"comfyui": model}
+    models |= {precision: set_fused(attention, precision)[0] for precision in ("bf16", "fp8")}
+    engines = {name: m.get_wrappers(DIFFUSION_MODEL, KEY)[0].engine for name, m in models.items() if name != "comfyui"}  # fmt: skip
+    rows: list[dict] = []
+
+    def add(*item, **more) -> None:
+        rows.append(row(*item, **more))
+        print(rows[-1], flush=True)
+
+    for case, how in (TINY if args.tiny else CASES).items():
+        peak = {name: _peak(lambda m=m, how=how: [four_steps(m, width, **how) for _ in range(2)]) for name, m in models.items()}  # fmt: skip
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for turn in range(args.repeat):
+            for name in list(models)[:: 1 if turn % 2 == 0 else -1]:
+                times[name].append(1e3 * four_steps(models[name], width, seed=turn, **how)[0])
+        median = {name: statistics.median(values) for name, values in times.items()}
+        for precision, engine in engines.items():
+            lowest = floor(engine, model, attention, **how) if torch.cuda.is_available() else None
+            note = f"{engine}; peak {peak[precision]:.2f} GB, ComfyUI {peak['comfyui']:.2f} GB"
+            add(f"{case}_{precision}", median[precision], "ms", args.repeat, {"comfyui": median["comfyui"]}, lowest, note)  # fmt: skip
+    profile = "\n\n".join(f"{name}\n{_profile(m, width, args.tiny)}" for name, m in models.items())
+    print(profile)
+    how = (TINY if args.tiny else CASES)["t2i_1024"]
+    latents = {name: four_steps(m, width, **how)[1] for name, m in models.items()}
+    for state, precision, found in first_images(folder, args):
+        note = f"steady in that process: {found['steady']:.1f} ms; second image {found['second']:.1f} ms"
+        add(f"first_image_{state}_cache_{precision}", found["first"], "ms", 1, note=note)
+    exact = four_steps(_in_fp32(model), width, **how)[1]
+    errors = {name: float((x - exact).norm() / exact.norm()) for name, x in latents.items()}
+    for precision in engines:
+        add(f"latents_error_{precision}", errors[precision], "relative to fp32", 1, {"comfyui": errors["comfyui"]})  # fmt: skip
+    return rows, profile
+
+
+def floor(engine, model, attention, size: int, batch: int = 1, references: int = 0) -> float:  # noqa: ANN001
+    """Milliseconds of four steps' matrices and attention alone, each at its exact shape."""
+    import torch
+
+    flux = model.model.diffusion_model
+    dtype, device = flux.img_in.weight.dtype, flux.img_in.weight.device
+    weights = engine._weights(flux, torch.empty(0, dtype=dtype, device=device))
+    lengths = (batch * 512, batch * (1 + references) * (size // 16) ** 2)
+    heads = flux.num_heads
+    qkv = torch.randn(3, batch, sum(lengths) // batch, heads, 128, device=device, dtype=dtype)
+    override = attention.model_options["transformer_options"]["optimized_attention_override"]
+    from ark.patches.fused import _attend
+
+    attend, inputs = _attend(override, dtype), {}
+
+    def call(matrix, length: int) -> None:  # noqa: ANN001
+        width = matrix.weight.shape[1]
+        if (length, width, matrix.quantises) not in inputs:
+            x = torch.randn(length, width, device=device, dtype=dtype)
+            inputs[length, width, matrix.quantises] = engine.operations.quantise(x) if matrix.quantises else x  # fmt: skip
+        matrix(inputs[length, width, matrix.quantises])
+
+    def step() -> None:
+        for streams in weights.double:
+            for stream, length in zip(streams, lengths, strict=True):
+                for matrix in (stream.qkv, stream.proj, stream.mlp_in, stream.mlp_out):
+                    call(matrix, length)
+            attend(*qkv.transpose(2, 3))
+        for block in weights.single:
+            call(block.linear_in, sum(lengths))
+            attend(*qkv.transpose(2, 3))
+            call(block.linear_out, sum(lengths))
+
+    times = []
+    for _ in range(6):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(STEPS):
+            step()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[1:])
+
+
+def first_images(folder: Path, args: argparse.Namespace):  # noqa: ANN201
+    """Fresh processes, with an empty cache of kernels and then with what the first one left."""
+    for precision in ("bf16", "fp8"):
+        with tempfile.TemporaryDirectory() as empty:
+            env = {**os.environ, "TRITON_CACHE_DIR": empty}
+            command = [sys.executable, __file__, "--comfyui", args.comfyui, "--folder", folder, "--first", precision]  # fmt: skip
+            for state in ("cold", "warm"):
+                run = subprocess.run([str(p) for p in command] + ["--tiny"] * args.tiny, env=env, check=True, capture_output=True, text=True)  # fmt: skip
+                yield state, precision, json.loads(run.stdout.splitlines()[-1])
+
+
+def _peak(work) -> float:  # noqa: ANN001
+    """GB that torch had allocated at most during some work."""
+    import torch
+
+    if not torch.cuda.is_available():
+        work()
+        return 0.0
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_allocated() / 1e9
+
+
+def _profile(model, width: int, tiny: bool) -> str:  # noqa: ANN001
+    """Kernels of one image by their time on the device."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CUDA] if torch.cuda.is_available() else [ProfilerActivity.CPU]
+    with profile(activities=activities) as found:
+        four_steps(model, width, **(TINY if tiny else CASES)["t2i_1024"])
+    by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    return found.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=70)
+
+
+def _in_fp32(model):  # noqa: ANN001, ANN202
+    """The host's own model with all its weights in fp32; the last thing that is done with it."""
+    import torch
+
+    flux = model.model.diffusion_model.float()
+    flux.dtype, model.model.manual_cast_dtype = torch.float32, torch.float32
+    return model
+
+
+if __name__ == "__main__":
+    main()

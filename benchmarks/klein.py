@@ -53,3 +53,12 @@ def four_steps(model, width: int, size: int, seed: int = 0, batch: int = 1, refe
     start = time.perf_counter()
     samples = sample_klein(model, positive, latent, seed, STEPS, 1.0)["samples"].cpu()  # waits
     return time.perf_counter() - start, samples
+
+
+def in_fp32(model):  # noqa: ANN001, ANN201
+    """The host's own model with all its weights in fp32; the last thing that is done with it."""
+    import torch
+
+    flux = model.model.diffusion_model.float()
+    flux.dtype, model.model.manual_cast_dtype = torch.float32, torch.float32
+    return model

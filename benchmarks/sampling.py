@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ark.benchmarks.klein import STEPS, four_steps, import_host, load_klein
+from ark.benchmarks.klein import STEPS, four_steps, import_host, in_fp32, load_klein
 
 CASES = {
     "t2i_1024": {"size": 1024},
@@ -120,7 +120,7 @@ def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict], str]:
     for state, precision, found in first_images(folder, args):
         note = f"steady in that process: {found['steady']:.1f} ms; second image {found['second']:.1f} ms"
         add(f"first_image_{state}_cache_{precision}", found["first"], "ms", 1, note=note)
-    exact = four_steps(_in_fp32(model), width, **how)[1]
+    exact = four_steps(in_fp32(model), width, **how)[1]
     errors = {name: float((x - exact).norm() / exact.norm()) for name, x in latents.items()}
     for precision in engines:
         add(f"latents_error_{precision}", errors[precision], "relative to fp32", 1, {"comfyui": errors["comfyui"]})  # fmt: skip
@@ -205,15 +205,6 @@ def _profile(model, width: int, tiny: bool) -> str:  # noqa: ANN001
         four_steps(model, width, **(TINY if tiny else CASES)["t2i_1024"])
     by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     return found.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=70)
-
-
-def _in_fp32(model):  # noqa: ANN001, ANN202
-    """The host's own model with all its weights in fp32; the last thing that is done with it."""
-    import torch
-
-    flux = model.model.diffusion_model.float()
-    flux.dtype, model.model.manual_cast_dtype = torch.float32, torch.float32
-    return model
 
 
 if __name__ == "__main__":

@@ -111,7 +111,9 @@ def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict], str]:
         median = {name: statistics.median(values) for name, values in times.items()}
         for precision, engine in engines.items():
             lowest = floor(engine, model, attention, **how) if torch.cuda.is_available() else None
-            note = f"{engine}; peak {peak[precision]:.2f} GB, ComfyUI {peak['comfyui']:.2f} GB"
+            note = (
+                f"{engine.runner}; peak {peak[precision]:.2f} GB, ComfyUI {peak['comfyui']:.2f} GB"
+            )
             add(f"{case}_{precision}", median[precision], "ms", args.repeat, {"comfyui": median["comfyui"]}, lowest, note)  # fmt: skip
     profile = "\n\n".join(f"{name}\n{_profile(m, width, args.tiny)}" for name, m in models.items())
     print(profile)
@@ -131,22 +133,22 @@ def floor(engine, model, attention, size: int, batch: int = 1, references: int =
     """Milliseconds of four steps' matrices and attention alone, each at its exact shape."""
     import torch
 
+    from ark.toolkit.kernels import KERNELS
+
     flux = model.model.diffusion_model
     dtype, device = flux.img_in.weight.dtype, flux.img_in.weight.device
-    weights = engine._weights(flux, torch.empty(0, dtype=dtype, device=device))
+    weights = engine.weights(flux, torch.empty(0, dtype=dtype, device=device))
     lengths = (batch * 512, batch * (1 + references) * (size // 16) ** 2)
     heads = flux.num_heads
     qkv = torch.randn(3, batch, sum(lengths) // batch, heads, 128, device=device, dtype=dtype)
     override = attention.model_options["transformer_options"]["optimized_attention_override"]
-    from ark.patches.fused import _attend
-
-    attend, inputs = _attend(override, dtype), {}
+    attend, inputs = KERNELS[override.kernel].attend, {}
 
     def call(matrix, length: int) -> None:  # noqa: ANN001
         width = matrix.weight.shape[1]
         if (length, width, matrix.quantises) not in inputs:
             x = torch.randn(length, width, device=device, dtype=dtype)
-            inputs[length, width, matrix.quantises] = engine.operations.quantise(x) if matrix.quantises else x  # fmt: skip
+            inputs[length, width, matrix.quantises] = engine.runner.operations.quantise(x) if matrix.quantises else x  # fmt: skip
         matrix(inputs[length, width, matrix.quantises])
 
     def step() -> None:

@@ -8,43 +8,24 @@ does not know goes to the host's own forward, and the log says why, once.
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import logging
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from ..toolkit import step
 from ..toolkit.errors import InputError
-from ..toolkit.fused import reference
-from ..toolkit.fused.graph import Graphs
 from ..toolkit.fused.matrix import FP8, Fp8, Matrix, Plain
-from ..toolkit.hardware import probe_hardware
-from ..toolkit.kernels import KERNELS
-from ..toolkit.kernels.op import attend_flat
+from ..toolkit.fused.runner import PRECISIONS, Runner, Unknown
 from ..toolkit.step import SingleBlock, Stream, Weights
 from .guard import OVERRIDE
 
+__all__ = ["PRECISIONS", "remove_fused", "set_fused"]
 DIFFUSION_MODEL = "diffusion_model"  # the host's WrappersMP.DIFFUSION_MODEL
 ON_DETACH = "on_detach_after"  # the host's CallbacksMP.ON_DETACH
 KEY = "ark_fused"
-PRECISIONS = ("bf16", "fp8")
-STORED = (
-    torch.bfloat16,
-    torch.float16,
-    torch.float32,
-)  # what weights lie in; cast where the host would
-COMPUTED = (torch.bfloat16, torch.float32)
 OLD_EPS = 1e-6  # of the norms of q and k where the host's module does not say
 log = logging.getLogger("ark")
-
-
-class Unknown(Exception):
-    """Something that the step does not do; the text says what."""
 
 
 def set_fused(model: Any, precision: str = "bf16") -> tuple[Any, str]:
@@ -52,7 +33,7 @@ def set_fused(model: Any, precision: str = "bf16") -> tuple[Any, str]:
 
     Args:
         model: the host's ModelPatcher of a FLUX.2 model; it is not changed.
-        precision: of the blocks' matrices, one of PRECISIONS; "bf16" takes them as they are.
+        precision: see `Runner`.
 
     Returns:
         The clone, and a sentence that says what it does.
@@ -63,17 +44,8 @@ def set_fused(model: Any, precision: str = "bf16") -> tuple[Any, str]:
     flux = model.model.diffusion_model
     if not getattr(getattr(flux, "params", None), "global_modulation", False):
         raise InputError(f"{type(flux).__name__} is not FLUX.2-Klein.", "Set engine to host.")
-    hardware = probe_hardware(model.load_device)
-    if precision not in PRECISIONS:
-        raise InputError(f"precision: {precision} is not one of {', '.join(PRECISIONS)}.", "Choose another.")  # fmt: skip
-    if precision == "fp8" and (0, 0) < hardware.compute_capability < (8, 9):
-        raise InputError(f"{hardware.name} has no fp8 arithmetic.", "Set precision to bf16.")
+    engine = Engine(model.model, Runner(torch.device(model.load_device), precision))
     clone = remove_fused(model.clone())
-    operations, how = _operations(torch.device(model.load_device))
-    engine = Engine(model.model, precision, operations)
-    if torch.device(model.load_device).type == "cuda" and torch.cuda.get_allocator_backend() == "cudaMallocAsync":  # fmt: skip
-        engine.graphs.why_not = "cudaMallocAsync does not allow it, --disable-cuda-malloc does"
-        how += f" No CUDA graph: {engine.graphs.why_not}."
 
     def fused(executor, *args, **kwargs):
         module = executor.class_obj
@@ -85,15 +57,16 @@ def set_fused(model: Any, precision: str = "bf16") -> tuple[Any, str]:
         finally:
             del module.forward_orig
 
-    fused.engine = engine  # for who reports
-
     def detached(patcher: Any, unpatch_all: bool) -> None:
         if unpatch_all:  # it leaves the device, and is not only followed by another clone
-            engine.release()
+            engine.runner.release()
 
+    fused.engine = engine  # for who reports
     clone.add_wrapper_with_key(DIFFUSION_MODEL, KEY, fused)
     clone.add_callback_with_key(ON_DETACH, KEY, detached)
-    return clone, f"engine: fused, {precision}, {how}"
+    why_not = engine.runner.graphs.why_not
+    graphs = f", no CUDA graph ({why_not})" if why_not else ""
+    return clone, f"engine: fused, {precision}, {engine.runner.how}{graphs}."
 
 
 def remove_fused(clone: Any) -> Any:
@@ -103,39 +76,17 @@ def remove_fused(clone: Any) -> Any:
     return clone
 
 
-def _operations(device: torch.device) -> tuple[Any, str]:
-    """What is between the matrices: Triton's kernels where they run."""
-    if device.type != "cuda":
-        return reference, f"operations in plain torch on {device.type}."
-    try:
-        return importlib.import_module("..toolkit.fused.fast", __package__), "operations in Triton."
-    except ImportError as error:
-        return reference, f"operations in plain torch, which is slower: {error}."
-
-
 class Engine:
-    """What one clone's fused step keeps between calls.
+    """The step of one clone.
 
     Args:
         base: the host's BaseModel.
-
-    Attributes:
-        precision: of the blocks' matrices.
-        operations: see `toolkit/fused/reference.py`.
-        graphs: recordings of the step.
-        reasons: why the host's own forward ran instead.
+        runner: runs it.
     """
 
-    def __init__(self, base: Any, precision: str, operations: Any):
-        self.base, self.precision, self.operations = base, precision, operations
+    def __init__(self, base: Any, runner: Runner):
+        self.base, self.runner = base, runner
         self._patches: Any = None  # the host's name for the set of patches that the weights have
-        self.graphs, self.reasons = Graphs(), set()
-        self._fp8: dict[int, tuple[weakref.ref, Fp8]] = {}  # by the weight's id
-
-    def __str__(self) -> str:
-        graphs = f"no CUDA graph ({self.graphs.why_not})" if self.graphs.why_not else f"{self.graphs.recorded} CUDA graphs"  # fmt: skip
-        instead = f"; ComfyUI's own forward ran instead ({'; '.join(sorted(self.reasons))})" if self.reasons else ""  # fmt: skip
-        return f"fused, {self.precision}, {graphs}{instead}"
 
     def forward(self, flux: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the host's `forward_orig`."""
@@ -144,8 +95,8 @@ class Engine:
             given = inspect.signature(own).bind(flux, *args, **kwargs).arguments
             return self._denoise(flux, **{k: v for k, v in given.items() if k != "self"})
         except Unknown as unknown:
-            if str(unknown) not in self.reasons:
-                self.reasons.add(str(unknown))
+            if str(unknown) not in self.runner.reasons:
+                self.runner.reasons.add(str(unknown))
                 log.warning("Ark fused: ComfyUI's own forward runs instead (%s).", unknown)
             return own(flux, *args, **kwargs)
 
@@ -171,51 +122,35 @@ class Engine:
         for kind in ("patches", "patches_replace"):
             if found := [name for name, value in options.get(kind, {}).items() if value]:
                 raise Unknown(f"patches of other nodes: {', '.join(found)}")
-        attend = _attend(options.get(OVERRIDE), img.dtype)
+        override = options.get(OVERRIDE)
+        kernel = getattr(override, "kernel", None)
+        if override is not None and kernel is None:
+            raise Unknown("attention of another node")
         if (patches := self.base.current_weight_patches_uuid) != self._patches:
-            self.release()  # they may have been written in place
+            self.runner.release()  # they may have been written in place
             self._patches = patches
-        weights = self._weights(flux, img)
         ids = torch.cat((txt_ids[0], img_ids[0]))  # the same for each picture
+        return self.runner.run(self.weights(flux, img), img, txt, ids, timesteps, kernel)
 
-        def run(img: torch.Tensor, txt: torch.Tensor, ids: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:  # fmt: skip
-            table = step.rotary_table(ids)
-            return step.denoise(weights, img, txt, timesteps, table, attend, self.operations)
-
-        key = (weights.addresses(), getattr(options.get(OVERRIDE), "kernel", None))
-        return self.graphs.run(key, run, img, txt, ids, timesteps)
-
-    def _weights(self, flux: Any, like: torch.Tensor) -> Weights:
+    def weights(self, flux: Any, like: torch.Tensor) -> Weights:
         """The record of a host's module, by reference; every weight must lie where the latents do."""
-        if like.dtype not in COMPUTED:
-            raise Unknown(f"it does not compute in {like.dtype}")
 
         def tensor(layer: Any) -> torch.Tensor:
-            weight = (
-                layer.scale if hasattr(layer, "scale") else layer.weight
-            )  # norms of older hosts
             if getattr(layer, "weight_function", None):
                 raise Unknown("weights are patched while they are used")
             if getattr(layer, "bias", None) is not None:
                 raise Unknown("it does not know biases")
-            if weight.device != like.device:
-                raise Unknown(f"weights are on {weight.device}")
-            return weight
+            return layer.scale if hasattr(layer, "scale") else layer.weight  # norms of older hosts
 
         def plain(layer: Any) -> torch.Tensor:
-            weight = tensor(layer)
-            if hasattr(weight, "__tensor_flatten__") or weight.dtype not in STORED:
-                raise Unknown(f"it does not know weights of {weight.dtype}")
-            return weight.to(like.dtype)
+            return self.runner.plain(tensor(layer), like)
 
         def of(layer: Any) -> Plain:
             return Plain(plain(layer))
 
         def matrix(layer: Any) -> Matrix:
             weight = tensor(layer)
-            if hasattr(weight, "_qdata"):
-                return _fp8_of_the_file(weight, like.dtype)
-            return self._quantised(weight, like.dtype) if self.precision == "fp8" else of(layer)
+            return _fp8_of_the_file(weight, like) if hasattr(weight, "_qdata") else self.runner.matrix(like, weight)  # fmt: skip
 
         def stream(block: Any, name: str) -> Stream:
             attn, mlp = getattr(block, f"{name}_attn"), getattr(block, f"{name}_mlp")
@@ -240,41 +175,14 @@ class Engine:
             torch.finfo(torch.float32).eps if eps is None else eps,
         )
 
-    def _quantised(self, weight: torch.Tensor, dtype: torch.dtype) -> Fp8:
-        """A weight in fp8, made once for each set of patches."""
-        known = self._fp8.get(id(weight))
-        if known is None or known[0]() is not weight:
-            known = weakref.ref(weight), Fp8.of(weight.to(dtype), self.operations.quantise)
-            self._fp8[id(weight)] = known
-        return known[1]
 
-    def release(self) -> None:
-        """Give up everything that lies on the device."""
-        self._fp8.clear()
-        self.graphs.clear()
-
-
-def _fp8_of_the_file(weight: Any, dtype: torch.dtype) -> Fp8:
+def _fp8_of_the_file(weight: Any, like: torch.Tensor) -> Fp8:
     """A weight that the host keeps in fp8, with one scale for all of it, by reference."""
     params = getattr(weight, "_params", None)
     scale = getattr(params, "scale", None) if params is not None else weight._layout_params["scale"]
     if weight._qdata.dtype != FP8 or not isinstance(scale, torch.Tensor) or scale.numel() != 1:
         raise Unknown(f"it does not know weights quantised as {weight._qdata.dtype}")
+    if weight._qdata.device != like.device:
+        raise Unknown(f"weights are on {weight._qdata.device}")
     outputs = weight._qdata.shape[0]
-    return Fp8(weight._qdata, scale.float().reshape(1, 1).expand(1, outputs).contiguous(), dtype)
-
-
-def _attend(override: Any, dtype: torch.dtype) -> Callable:
-    """The attention that was chosen for this model."""
-    if override is None:
-        return F.scaled_dot_product_attention
-    name = getattr(override, "kernel", None)
-    if name is None:
-        raise Unknown("attention of another node")
-    if dtype not in KERNELS[name].dtypes:
-        raise Unknown(f"{name} does not take {dtype}")
-    return functools.partial(_by_kernel, name)
-
-
-def _by_kernel(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return attend_flat(name, q, k, v).unflatten(2, (q.shape[1], -1)).transpose(1, 2)
+    return Fp8(weight._qdata, scale.float().reshape(1, 1).expand(1, outputs).contiguous(), like.dtype)  # fmt: skip

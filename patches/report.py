@@ -63,7 +63,7 @@ def report_on(model: Any, size: tuple[int, int], compare: bool) -> Report:
     else:
         lines.append("compile: off")
     lines += [
-        f"engine: {wrapper.engine}"
+        f"engine: {wrapper.engine.runner}"
         for wrapper in model.get_wrappers(fused.DIFFUSION_MODEL, fused.KEY)
     ]
     lines += [f"{name}: {ms:.2f} ms a step at {size[0]}x{size[1]}" for name, ms in step_ms.items()]

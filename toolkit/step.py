@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .fused import reference
-from .fused.matrix import Activations, Matrix, Plain
+from .fused.matrix import Activations, Joined, Matrix, Plain
 from .fused.rows import Rows
 
 THETA = 2000.0  # of the rotary embedding
@@ -75,7 +75,7 @@ class Weights:
     single_mod: Plain
     double: Sequence[tuple[Stream, Stream]]
     single: Sequence[SingleBlock]
-    final_mod: Plain
+    final_mod: Plain | Joined
     final: Plain
     qk_eps: float
 
@@ -85,7 +85,10 @@ class Weights:
         parts = [getattr(block, field.name) for block in blocks for field in fields(block)]
         parts += [self.img_in, self.txt_in, *self.time_in, self.txt_mod, self.img_mod]
         parts += [self.single_mod, self.final_mod, self.final]
-        return tuple(getattr(part, "weight", part).data_ptr() for part in parts)
+        tensors = (
+            t for part in parts for t in getattr(part, "parts", [getattr(part, "weight", part)])
+        )
+        return tuple(tensor.data_ptr() for tensor in tensors)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def difference(a, b):
 
 
 def engine_of(model):
-    return model.get_wrappers(DIFFUSION_MODEL, KEY)[0].engine
+    return model.get_wrappers(DIFFUSION_MODEL, KEY)[0].engine.runner
 
 
 def write_fp8(path):

@@ -58,6 +58,32 @@ class Plain:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """Matrices of the same input whose outputs stand side by side, each by reference.
+
+    Attributes:
+        parts: each [out, in].
+        quantises: whether it wants its input in fp8.
+    """
+
+    parts: tuple[torch.Tensor, ...]
+    quantises: bool = False
+
+    @property
+    def features(self) -> int:
+        """Width of the output."""
+        return sum(part.shape[0] for part in self.parts)
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[count, in] to [count, out]."""
+        out = x.new_empty(len(x), self.features) if out is None else out
+        widths = [part.shape[0] for part in self.parts]
+        for part, columns in zip(self.parts, out.split(widths, 1), strict=True):
+            torch.mm(x, part.t(), out=columns)
+        return out
+
+
+@dataclass(frozen=True)
 class Fp8:
     """A matrix in fp8, one scale an output; its input has one a row. Accumulates as the tensor cores do it fast.
 
@@ -94,7 +120,7 @@ class Fp8:
         )  # fmt: skip
 
 
-Matrix = Plain | Fp8
+Matrix = Plain | Joined | Fp8
 
 
 def quantise(x: torch.Tensor) -> Quantised:

@@ -1,0 +1,158 @@
+"""Runs the fused step for a model: precision, operations, attention and recordings, and what of it lies on the device."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .. import step
+from ..errors import InputError
+from ..hardware import probe_hardware
+from ..kernels import KERNELS
+from ..kernels.op import attend_flat
+from . import reference
+from .graph import Graphs
+from .matrix import Fp8, Joined, Matrix, Plain
+
+PRECISIONS = ("bf16", "fp8")
+STORED = (
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+)  # what weights lie in; cast where a host would
+COMPUTED = (torch.bfloat16, torch.float32)
+
+
+class Unknown(Exception):
+    """Something that the step does not do; the text says what."""
+
+
+class Runner:
+    """What one model's fused step keeps between calls.
+
+    Args:
+        device: that the model runs on.
+        precision: of the blocks' matrices, one of PRECISIONS; "bf16" takes them as they are.
+
+    Attributes:
+        precision: as given.
+        operations: see `reference.py`; in Triton where that runs.
+        how: a sentence about them.
+        graphs: recordings of the step.
+        reasons: why the model's own forward ran instead.
+
+    Raises:
+        InputError: there is no such precision, or the card does not have it.
+    """
+
+    def __init__(self, device: torch.device, precision: str):
+        if precision not in PRECISIONS:
+            raise InputError(f"precision: {precision} is not one of {', '.join(PRECISIONS)}.", "Choose another.")  # fmt: skip
+        hardware = probe_hardware(device)
+        if precision == "fp8" and (0, 0) < hardware.compute_capability < (8, 9):
+            raise InputError(f"{hardware.name} has no fp8 arithmetic.", "Set precision to bf16.")
+        self.precision, self.reasons = precision, set()
+        self.operations, self.how = _operations(device)
+        self.graphs = Graphs()
+        if device.type == "cuda" and torch.cuda.get_allocator_backend() == "cudaMallocAsync":
+            self.graphs.why_not = "cudaMallocAsync does not allow it, --disable-cuda-malloc does"
+        self._fp8: dict[int, tuple[weakref.ref, Fp8]] = {}  # by the weight's id
+
+    def __str__(self) -> str:
+        graphs = f"no CUDA graph ({self.graphs.why_not})" if self.graphs.why_not else f"{self.graphs.recorded} CUDA graphs"  # fmt: skip
+        instead = f"; the model's own forward ran instead ({'; '.join(sorted(self.reasons))})" if self.reasons else ""  # fmt: skip
+        return f"fused, {self.precision}, {graphs}{instead}"
+
+    def run(
+        self,
+        weights: step.Weights,
+        latents: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        ids: torch.Tensor,
+        timestep: torch.Tensor,
+        kernel: str | None,
+    ) -> torch.Tensor:
+        """One step, see `step.denoise`.
+
+        Args:
+            weights: by reference.
+            latents: [B, img_len, 128].
+            prompt_embeds: [B, txt_len, context_dim].
+            ids: [txt_len + img_len, 4] coordinates, text first.
+            timestep: [B], 0 to 1.
+            kernel: the attention kernel's name, None for torch's choice.
+
+        Raises:
+            Unknown: before anything is computed.
+        """
+        attend = _attend(kernel, latents.dtype)
+
+        def work(*inputs: torch.Tensor) -> torch.Tensor:
+            x, embeds, coordinates, times = inputs
+            table = step.rotary_table(coordinates)
+            return step.denoise(weights, x, embeds, times, table, attend, self.operations)
+
+        key = (weights.addresses(), kernel)
+        return self.graphs.run(key, work, latents, prompt_embeds, ids, timestep)
+
+    def plain(self, weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """A weight as the step computes with it.
+
+        Raises:
+            Unknown: it lies elsewhere, or in a way that the step does not know.
+        """
+        if like.dtype not in COMPUTED:
+            raise Unknown(f"it does not compute in {like.dtype}")
+        if weight.device != like.device:
+            raise Unknown(f"weights are on {weight.device}")
+        if hasattr(weight, "__tensor_flatten__") or weight.dtype not in STORED:
+            raise Unknown(f"it does not know weights of {weight.dtype}")
+        return weight.to(like.dtype)
+
+    def matrix(self, like: torch.Tensor, *parts: torch.Tensor) -> Matrix:
+        """A block's matrix in the precision asked for, of one weight, or of several whose outputs stand side by side.
+
+        Raises:
+            Unknown: see `plain`.
+        """
+        whole = [self.plain(part, like) for part in parts]
+        if self.precision == "fp8":
+            known = self._fp8.get(id(parts[0]))
+            if known is None or known[0]() is not parts[0]:
+                made = Fp8.of(torch.cat(whole) if len(whole) > 1 else whole[0], self.operations.quantise)  # fmt: skip
+                known = self._fp8[id(parts[0])] = weakref.ref(parts[0]), made
+            return known[1]
+        return Joined(tuple(whole)) if len(whole) > 1 else Plain(whole[0])
+
+    def release(self) -> None:
+        """Give up everything that lies on the device."""
+        self._fp8.clear()
+        self.graphs.clear()
+
+
+def _operations(device: torch.device) -> tuple[Any, str]:
+    """What is between the matrices: Triton's kernels where they run."""
+    if device.type != "cuda":
+        return reference, f"operations in plain torch on {device.type}"
+    try:
+        return importlib.import_module(".fast", __package__), "operations in Triton"
+    except ImportError as error:
+        return reference, f"operations in plain torch, which is slower ({error})"
+
+
+def _attend(kernel: str | None, dtype: torch.dtype) -> Callable:
+    if kernel is None:
+        return F.scaled_dot_product_attention
+    if dtype not in KERNELS[kernel].dtypes:
+        raise Unknown(f"{kernel} does not take {dtype}")
+    return functools.partial(_by_kernel, kernel)
+
+
+def _by_kernel(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return attend_flat(name, q, k, v).unflatten(2, (q.shape[1], -1)).transpose(1, 2)

@@ -17,6 +17,7 @@ from ..toolkit.errors import InputError
 from ..toolkit.hardware import probe_hardware
 from ..toolkit.kernels import KERNELS
 from ..toolkit.kernels.op import attend_flat
+from .fused_diffusers import attach_fused
 
 DISPATCH = "dispatch_attention_fn"  # what diffusers' processors call, by this name
 Result = TypeVar("Result")
@@ -29,18 +30,20 @@ class Combustion:
     Attributes:
         report: which kernel, why, and how the blocks are compiled.
         compiler: counts what is compiled; None if nothing is.
+        runner: runs the fused engine; None if the library's forward runs.
     """
 
     def __init__(self, transformer: torch.nn.Module):
-        self.report, self.compiler = "", None
+        self.report, self.compiler, self.runner = "", None, None
+        self._detach: Callable[[], None] | None = None
         self._transformer = transformer
         self._processors: dict[str, Any] = {}
 
     def run(self, call: Callable[[], Result]) -> Result:
         """Call what uses the transformer, as a pipeline.
 
-        If the transformer gives numbers that are not finite on a kernel of Ark's, all is called once more on diffusers' own
-        attention, which stays from then on. One look at the end, so no step waits.
+        If the transformer gives numbers that are not finite on code of Ark's, all is called once more on diffusers' own,
+        which stays from then on. One look at the end, so no step waits.
         """
         looks: list[torch.Tensor] = []  # each 0-dim, on the device
 
@@ -52,12 +55,13 @@ class Combustion:
             result = call()
         finally:
             handle.remove()
-        if not self._processors or not looks or bool(torch.stack(looks).all()):
+        ours = self._processors or self._detach
+        if not ours or not looks or bool(torch.stack(looks).all()):
             return result
         self._restore_attention()
         log.warning(
-            "Ark attention: the kernel gave numbers that are not finite. The run was repeated on diffusers' own attention, "
-            "which is used from now on. Choose another kernel."
+            "Ark: numbers that are not finite. The run was repeated on diffusers' own code, which is used from now on. "
+            "Choose another kernel, engine or precision."
         )
         return call()
 
@@ -65,9 +69,12 @@ class Combustion:
         for name, processor in self._processors.items():
             self._transformer.get_submodule(name).processor = processor
         self._processors.clear()
+        if self._detach:
+            self._detach()
+            self._detach = None
 
     def remove(self) -> None:
-        """Restore the processors and the uncompiled blocks; harmless when done twice."""
+        """Restore the library's attention, forward and uncompiled blocks; harmless when done twice."""
         self._restore_attention()
         if self.compiler:
             self.compiler.keep()
@@ -82,13 +89,21 @@ class Combustion:
         self.remove()
 
 
-def ignite(transformer: torch.nn.Module, attention: str = "auto", compile: str = "off") -> Combustion:  # fmt: skip
+def ignite(
+    transformer: torch.nn.Module,
+    attention: str = "auto",
+    compile: str = "off",
+    engine: str = "diffusers",
+    precision: str = "bf16",
+) -> Combustion:
     """Give a diffusers transformer an attention kernel, and let its blocks run compiled.
 
     Args:
         transformer: a FLUX.2 transformer of diffusers, on the device that it will run on.
         attention: "auto", a kernel's name, or "none" for diffusers' own.
         compile: "off", or one of torch.compile's modes, see `toolkit.compile.MODES`.
+        engine: "diffusers" for the library's own forward, "fused" for Ark's step.
+        precision: of the fused engine, see `toolkit.fused.runner.PRECISIONS`.
 
     Returns:
         What was set; keep it to remove it.
@@ -99,6 +114,12 @@ def ignite(transformer: torch.nn.Module, attention: str = "auto", compile: str =
     """
     if compile not in ("off", *MODES):
         raise InputError(f"compile: {compile} is not one of off, {', '.join(MODES)}.", "Choose another.")  # fmt: skip
+    if engine not in ("diffusers", "fused"):
+        raise InputError(f"engine: {engine} is not one of diffusers, fused.", "Choose another.")
+    if engine == "fused" and compile != "off":
+        raise InputError("The fused engine has nothing to compile.", "Set compile to off.")
+    if engine == "diffusers" and precision != "bf16":
+        raise InputError(f"{precision} is a precision of the fused engine.", "Set engine to fused.")
     set_on = Combustion(transformer)
     weight = next(transformer.parameters())
     hardware, kernel = probe_hardware(weight.device), None
@@ -106,7 +127,10 @@ def ignite(transformer: torch.nn.Module, attention: str = "auto", compile: str =
         heads = getattr(transformer.config, "num_attention_heads", 24)
         shape = (1, heads, 4096 + 512, HEAD_DIM)  # 1024x1024 and a full prompt
         kernel, set_on.report = select_attention_kernel(attention, hardware, weight.device, shape, weight.dtype)  # fmt: skip
-    if kernel:
+    if engine == "fused":
+        set_on.runner, set_on._detach = attach_fused(transformer, precision, kernel.name if kernel else None)  # fmt: skip
+        set_on.report += f"\nengine: fused, {precision}, {set_on.runner.how}."
+    elif kernel:
         for name, module in transformer.named_modules():
             processor = getattr(module, "processor", None)
             if processor is not None and DISPATCH in type(processor).__call__.__code__.co_names:

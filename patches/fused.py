@@ -18,7 +18,7 @@ from ..toolkit.errors import InputError
 from ..toolkit.fused.matrix import FP8, Fp8, Matrix, Plain
 from ..toolkit.fused.runner import PRECISIONS, Runner, Unknown
 from ..toolkit.step import SingleBlock, Stream, Weights
-from .guard import OVERRIDE
+from .guard import OVERRIDE, PLAIN, add_guard
 
 __all__ = ["PRECISIONS", "remove_fused", "set_fused"]
 DIFFUSION_MODEL = "diffusion_model"  # the host's WrappersMP.DIFFUSION_MODEL
@@ -64,6 +64,9 @@ def set_fused(model: Any, precision: str = "bf16") -> tuple[Any, str]:
     fused.engine = engine  # for who reports
     clone.add_wrapper_with_key(DIFFUSION_MODEL, KEY, fused)
     clone.add_callback_with_key(ON_DETACH, KEY, detached)
+    override = clone.model_options.get("transformer_options", {}).get(OVERRIDE)
+    kernel = getattr(override, "kernel", None)
+    add_guard(clone, f"{kernel} in the fused engine" if kernel else "the fused engine")
     why_not = engine.runner.graphs.why_not
     graphs = f", no CUDA graph ({why_not})" if why_not else ""
     return clone, f"engine: fused, {precision}, {engine.runner.how}{graphs}."
@@ -115,6 +118,8 @@ class Engine:
     ) -> torch.Tensor:
         """The step; raises Unknown before anything is computed."""
         options = transformer_options or {}
+        if options.get(PLAIN):
+            raise Unknown("a result was not finite")
         others |= {"guidance": guidance if flux.params.guidance_embed else None}
         others |= {name: getattr(flux, name, None) for name in ("vector_in", "txt_norm")}
         if found := [name for name, value in others.items() if value is not None]:

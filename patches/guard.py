@@ -14,36 +14,38 @@ import torch
 OVERRIDE = "optimized_attention_override"
 SAMPLER_SAMPLE = "sampler_sample"  # the host's WrappersMP.SAMPLER_SAMPLE
 KEY = "ark_guard"
+PLAIN = "ark_plain"  # in a run's options: everything on the host's own code
 log = logging.getLogger("ark")
 
 
 def add_guard(model: Any, kernel: str) -> None:
-    """Repeat a run of a MODEL's clone on the host's own attention if its result is not finite; later runs go there at once.
+    """Repeat a run of a MODEL's clone on the host's own code if its result is not finite; later runs go there at once.
 
     Args:
-        model: the host's ModelPatcher, with an attention override.
-        kernel: the override's name, for the message.
+        model: the host's ModelPatcher, with an attention override or the fused engine; a guard that it has goes.
+        kernel: what they are called, for the message.
     """
     failed = False
+    remove_guard(model)
 
     def guarded(executor, guider, sigmas, extra_args, *args, **kwargs):
         nonlocal failed
         if failed:
-            return executor(guider, sigmas, _without_override(extra_args), *args, **kwargs)
+            return executor(guider, sigmas, _on_the_host(extra_args), *args, **kwargs)
         samples = executor(guider, sigmas, extra_args, *args, **kwargs)
         if bool(torch.isfinite(samples).all()):
             return samples
-        again = executor(guider, sigmas, _without_override(extra_args), *args, **kwargs)
+        again = executor(guider, sigmas, _on_the_host(extra_args), *args, **kwargs)
         if bool(torch.isfinite(again).all()):
             failed = True
             log.warning(
-                "Ark attention: %s gave numbers that are not finite. The run was repeated on ComfyUI's own attention, "
-                "which is used from now on. Choose another kernel in ArkSageCombustion.",
+                "Ark: %s gave numbers that are not finite. The run was repeated on ComfyUI's own code, which is used from "
+                "now on. Choose something else in ArkSageCombustion.",
                 kernel,
             )
         else:
             log.warning(
-                "Ark attention: the model gives numbers that are not finite, on ComfyUI's own attention, too. "
+                "Ark: the model gives numbers that are not finite, on ComfyUI's own code, too. "
                 "Look at its file, its LoRAs and its precision."
             )
         return again
@@ -56,7 +58,8 @@ def remove_guard(model: Any) -> None:
     model.remove_wrappers_with_key(SAMPLER_SAMPLE, KEY)
 
 
-def _without_override(extra_args: dict) -> dict:
+def _on_the_host(extra_args: dict) -> dict:
     options = extra_args["model_options"]
     transformer = {k: v for k, v in options["transformer_options"].items() if k != OVERRIDE}
+    transformer[PLAIN] = True
     return {**extra_args, "model_options": {**options, "transformer_options": transformer}}

@@ -125,6 +125,17 @@ with torch.inference_mode():
     }
     found["attention_by_others"] = torch.equal(sample(foreign), expected)
 
+    overflow = AttentionKernel(
+        "overflow", (torch.float32,), lambda q, k, v: q * float("nan"), lambda hw: None
+    )
+    KERNELS["overflow"] = overflow
+    guarded, _ = set_fused(set_attention(model, "overflow")[0])
+    messages.buffer.clear()
+    found["guarded"] = [torch.equal(sample(guarded), expected) for _ in range(2)]
+    found["guard_told"] = [
+        r.getMessage() for r in messages.buffer if "not finite. The run" in r.getMessage()
+    ]
+
     # fp8
     low, _ = set_fused(model, "fp8")
     first = sample(low)

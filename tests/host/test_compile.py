@@ -72,4 +72,4 @@ def test_a_kernel_that_overflows_gives_the_hosts_image_and_is_not_used_again(fou
     assert found["guarded"] == [True, True]
     assert found["kernel_ran"] == found["none_cancels"] == 8  # four blocks, two steps, one run
     (message,) = found["told"]
-    assert message.startswith("Ark attention: overflow gave numbers that are not finite")
+    assert message.startswith("Ark: overflow gave numbers that are not finite")

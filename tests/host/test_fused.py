@@ -36,6 +36,11 @@ def test_what_it_does_not_know_runs_on_the_host_and_is_said_once(found):
     assert len(found["told"]) == 1 and "patches of other nodes: dit" in found["told"][0]
 
 
+def test_a_run_that_is_not_finite_is_repeated_on_the_host(found):
+    assert found["guarded"] == [True, True]
+    assert len(found["guard_told"]) == 1 and "overflow in the fused engine" in found["guard_told"][0]  # fmt: skip
+
+
 def test_fp8_is_made_once_and_follows_the_weights(found):
     assert 0 < found["fp8_error"] < 0.3
     assert found["fp8_matrices"] == 20  # 4 a stream, 2 a single block

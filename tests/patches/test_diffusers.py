@@ -122,11 +122,59 @@ def test_a_run_that_is_not_finite_is_repeated_on_the_librarys_attention(transfor
     assert not caplog.text and not transformer._forward_hooks
 
 
+@pytest.mark.parametrize("attention", ["none", "counting"])
+def test_the_fused_engine_computes_the_same_and_leaves_nothing(transformer, counting, attention):
+    before, names = library(), set(vars(transformer))
+    expected = {side: run(transformer, side) for side in (4, 5)}
+    with patch.ignite(transformer, attention, engine="fused") as combustion:
+        for side, reference in expected.items():
+            assert torch.allclose(run(transformer, side), reference, rtol=1e-4, atol=1e-5)
+        assert not combustion.runner.reasons and len(counting) == (
+            8 if attention == "counting" else 0
+        )
+    assert torch.equal(run(transformer), expected[4]) and set(vars(transformer)) == names
+    assert all(library()[key] is value for key, value in before.items())
+
+
+def test_the_fused_engine_in_fp8_follows_its_weights(transformer):
+    expected = run(transformer)
+    with patch.ignite(transformer, "none", engine="fused", precision="fp8") as combustion:
+        low = run(transformer)
+        assert 0 < (low - expected).norm() < 0.1 * expected.norm()
+        assert len(combustion.runner._fp8) == 20  # 4 a stream, 2 a single block
+        attn = transformer.transformer_blocks[0].attn
+        attn.to_k.weight = torch.nn.Parameter(-4 * attn.to_k.weight, requires_grad=False)
+        changed = run(transformer)
+    reference = run(transformer)
+    assert (changed - reference).norm() < 0.02 * reference.norm()
+    assert (changed - reference).norm() < 0.5 * (low - reference).norm()
+    assert not combustion.runner._fp8
+
+
+def test_what_the_fused_engine_does_not_know_goes_to_the_library(transformer, caplog):
+    with patch.ignite(transformer, "none", engine="fused") as combustion:
+        transformer.transformer_blocks[
+            1
+        ].ff.linear_in.base_layer = torch.nn.Identity()  # as PEFT wraps
+        for _ in range(2):
+            run(transformer)
+    assert (
+        len(combustion.runner.reasons) == 1 and caplog.text.count("own forward runs instead") == 1
+    )
+
+
 def test_what_cannot_be_is_refused(transformer):
     with pytest.raises(KernelUnavailable):
         patch.ignite(transformer, "sage")
-    with pytest.raises(InputError, match="fastest is not one of off, default"):
-        patch.ignite(transformer, "none", "fastest")
+    for arguments, message in (
+        ({"compile": "fastest"}, "fastest is not one of off, default"),
+        ({"engine": "warp"}, "warp is not one of diffusers, fused"),
+        ({"engine": "fused", "compile": "default"}, "nothing to compile"),
+        ({"precision": "fp8"}, "precision of the fused engine"),
+        ({"engine": "fused", "precision": "fp4"}, "fp4 is not one of bf16, fp8"),
+    ):
+        with pytest.raises(InputError, match=message):
+            patch.ignite(transformer, "none", **arguments)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")

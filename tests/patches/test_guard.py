@@ -32,4 +32,4 @@ def test_a_run_is_repeated_and_the_kernel_spared_if_that_helped(host_is_fine, ca
     assert len(messages) == (1 if host_is_fine else 2)
     message = messages[0]
     assert ("bad gave numbers" in message) == host_is_fine
-    assert host_is_fine or "on ComfyUI's own attention, too" in message
+    assert host_is_fine or "on ComfyUI's own code, too" in message

@@ -62,7 +62,7 @@ class Runner:
         self.graphs = Graphs()
         if device.type == "cuda" and torch.cuda.get_allocator_backend() == "cudaMallocAsync":
             self.graphs.why_not = "cudaMallocAsync does not allow it, --disable-cuda-malloc does"
-        self._fp8: dict[int, tuple[weakref.ref, Fp8]] = {}  # by the weight's id
+        self._fp8: dict[int, tuple[tuple[weakref.ref, ...], Fp8]] = {}  # by the first weight's id
 
     def __str__(self) -> str:
         graphs = f"no CUDA graph ({self.graphs.why_not})" if self.graphs.why_not else f"{self.graphs.recorded} CUDA graphs"  # fmt: skip
@@ -123,11 +123,11 @@ class Runner:
         """
         whole = [self.plain(part, like) for part in parts]
         if self.precision == "fp8":
-            known = self._fp8.get(id(parts[0]))
-            if known is None or known[0]() is not parts[0]:
+            made_of, made = self._fp8.get(id(parts[0]), ((), None))
+            if made is None or any(r() is not p for r, p in zip(made_of, parts, strict=True)):
                 made = Fp8.of(torch.cat(whole) if len(whole) > 1 else whole[0], self.operations.quantise)  # fmt: skip
-                known = self._fp8[id(parts[0])] = weakref.ref(parts[0]), made
-            return known[1]
+                self._fp8[id(parts[0])] = tuple(map(weakref.ref, parts)), made
+            return made
         return Joined(tuple(whole)) if len(whole) > 1 else Plain(whole[0])
 
     def release(self) -> None:

@@ -13,10 +13,10 @@ import threading
 import comfy.model_management
 import folder_paths
 
-from ..patches.attention import warm_up_attention
 from ..patches.text_encoder import klein_tokenizer, load_text_encoder
 from ..patches.transformer import load_transformer
 from ..patches.vae import load_vae
+from ..patches.warmup import warm_up_attention
 from ..toolkit.embedded import preferred
 from ..toolkit.rates import link_rate
 

@@ -15,7 +15,6 @@ from ..toolkit.hardware import probe_hardware
 from ..toolkit.kernels import KERNELS
 from ..toolkit.kernels.op import attend_flat
 from .guard import OVERRIDE, add_guard, remove_guard
-from .warmup import warm_up
 
 log = logging.getLogger("ark")
 
@@ -57,21 +56,6 @@ def usual_attention(model: Any) -> tuple[tuple[int, int, int, int], torch.dtype]
     heads = getattr(model.diffusion_model, "num_heads", 24)
     dtype = model.manual_cast_dtype or model.get_dtype()
     return (1, heads, 4096 + 512, HEAD_DIM), dtype
-
-
-def warm_up_attention(model: Any, busy: Callable[[], bool]) -> None:
-    """Measure what "auto" takes for a MODEL and load its kernel in the background, unless the device is busy by then."""
-    device, usual = model.load_device, usual_attention(model.model)
-
-    def run() -> None:
-        if busy():  # what is measured then says nothing
-            return
-        kernel, _ = select_attention_kernel("auto", probe_hardware(device), device, *usual)
-        if kernel:
-            q = torch.zeros(usual[0], dtype=usual[1], device=device)
-            kernel.attend(q, q, q)
-
-    warm_up("attention kernel", usual, device, run)
 
 
 @functools.lru_cache

@@ -9,9 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import comfy.model_management
 import torch
+
+from ..toolkit.combustion import select_attention_kernel
+from ..toolkit.hardware import probe_hardware
+from .attention import usual_attention
 
 DEVICES = ("cuda",)
 ROOM = 8 << 30  # bytes that must be free on the device
@@ -38,6 +43,21 @@ def warm_up(part: str, shape: Hashable, device: torch.device, run: Callable[[], 
 def unset(weights: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     """Tensors of the same shapes and dtypes on a device, their values whatever lies in its memory."""
     return {key: torch.empty_like(tensor, device=device) for key, tensor in weights.items()}
+
+
+def warm_up_attention(model: Any, busy: Callable[[], bool]) -> None:
+    """Measure what "auto" takes for a MODEL and load its kernel in the background, unless the device is busy by then."""
+    device, usual = model.load_device, usual_attention(model.model)
+
+    def run() -> None:
+        if busy():  # what is measured then says nothing
+            return
+        kernel, _ = select_attention_kernel("auto", probe_hardware(device), device, *usual)
+        if kernel:
+            q = torch.zeros(usual[0], dtype=usual[1], device=device)
+            kernel.attend(q, q, q)
+
+    warm_up("attention kernel", usual, device, run)
 
 
 def _run_once(part: str, device: torch.device, run: Callable[[], object]) -> None:

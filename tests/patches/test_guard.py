@@ -3,12 +3,15 @@
 import pytest
 import torch
 
-from ark.patches.guard import OVERRIDE, add_guard
+from ark.patches.guard import OVERRIDE, PLAIN, add_guard
 
 
 class Model:
     def add_wrapper_with_key(self, kind, key, wrapper):
         self.kind, self.wrapper = kind, wrapper
+
+    def remove_wrappers_with_key(self, kind, key):
+        pass
 
 
 @pytest.mark.parametrize("host_is_fine", [True, False])
@@ -21,6 +24,7 @@ def test_a_run_is_repeated_and_the_kernel_spared_if_that_helped(host_is_fine, ca
         transformer = extra_args["model_options"]["transformer_options"]
         assert transformer["kept"] == 1 and rest == ("noise",)
         runs.append(OVERRIDE in transformer)
+        assert transformer.get(PLAIN, False) != runs[-1]
         return torch.tensor([float("nan") if runs[-1] or not host_is_fine else 1.0])
 
     for _ in range(2):

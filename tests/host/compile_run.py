@@ -18,21 +18,18 @@ from comfy.cli_args import args  # noqa: E402
 args.cpu = True
 import comfy.model_management  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
 
 sys.path.append(str(pack_parent))
+from tiny_klein import KLEIN, difference, with_lora, write_fp8  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
 
 from ark.patches.attention import set_attention  # noqa: E402
 from ark.patches.compile import set_compile  # noqa: E402
 from ark.patches.sampling import sample_klein  # noqa: E402
 from ark.patches.transformer import load_transformer  # noqa: E402
-from ark.toolkit.embedded import ASSETS  # noqa: E402
 from ark.toolkit.errors import InputError  # noqa: E402
 from ark.toolkit.kernels import KERNELS, AttentionKernel  # noqa: E402
 
-KLEIN = ASSETS / "diffusion_models" / "ark_tiny_klein.safetensors"
-KEY = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
 found = {}
 
 
@@ -41,33 +38,6 @@ def sample(model, size=4, seed=7):
     positive = [[torch.randn(1, 32, 192), {"pooled_output": None}]]
     latent = {"samples": torch.zeros(1, 128, size, size + 1)}
     return sample_klein(model, positive, latent, seed, 2, 1.0)["samples"]
-
-
-def with_lora(model, strength):
-    torch.manual_seed(1)
-    patched = model.clone()
-    shape = patched.model.state_dict()[KEY].shape
-    assert patched.add_patches({KEY: ("diff", (torch.randn(shape) * 0.02,))}, strength)
-    return patched
-
-
-def difference(a, b):
-    return float((a - b).norm() / b.norm())
-
-
-def write_fp8(path):
-    """The transformer with its blocks in fp8 e4m3, one scale a tensor, told by the file's metadata."""
-    tensors, layers = {}, {}
-    for name, tensor in load_file(KLEIN).items():
-        if tensor.ndim == 2 and "_blocks." in name:
-            layer, scale = name.removesuffix(".weight"), tensor.float().abs().max() / 448
-            tensors[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
-            tensors[f"{layer}.weight_scale"] = scale
-            layers[layer] = {"format": "float8_e4m3fn"}
-        else:
-            tensors[name] = tensor
-    save_file(tensors, path, {"_quantization_metadata": json.dumps({"layers": layers})})
-    return path
 
 
 with torch.inference_mode():

@@ -13,18 +13,16 @@ from comfy.cli_args import args  # noqa: E402
 args.cpu = True
 import comfy.model_management  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
 
 sys.path.append(str(pack_parent))
+from tiny_klein import KLEIN, difference, with_lora, write_fp8  # noqa: E402
+
 from ark.patches.attention import set_attention  # noqa: E402
 from ark.patches.fused import DIFFUSION_MODEL, KEY, remove_fused, set_fused  # noqa: E402
 from ark.patches.sampling import sample_klein  # noqa: E402
 from ark.patches.transformer import load_transformer  # noqa: E402
-from ark.toolkit.embedded import ASSETS  # noqa: E402
 from ark.toolkit.kernels import KERNELS, AttentionKernel  # noqa: E402
 
-KLEIN = ASSETS / "diffusion_models" / "ark_tiny_klein.safetensors"
-QKV = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
 found = {}
 
 
@@ -38,35 +36,8 @@ def sample(model, size=(4, 5), batch=1, txt_len=32, references=0):
     return sample_klein(model, positive, latent, 7, 2, 1.0)["samples"]
 
 
-def with_lora(model, strength):
-    torch.manual_seed(1)
-    patched = model.clone()
-    shape = patched.model.state_dict()[QKV].shape
-    assert patched.add_patches({QKV: ("diff", (torch.randn(shape) * 0.05,))}, strength)
-    return patched
-
-
-def difference(a, b):
-    return float((a - b).norm() / b.norm())
-
-
 def engine_of(model):
     return model.get_wrappers(DIFFUSION_MODEL, KEY)[0].engine.runner
-
-
-def write_fp8(path):
-    """The transformer with its blocks in fp8 e4m3, one scale a tensor, told by the file's metadata."""
-    tensors, layers = {}, {}
-    for name, tensor in load_file(KLEIN).items():
-        if tensor.ndim == 2 and "_blocks." in name:
-            layer, scale = name.removesuffix(".weight"), tensor.float().abs().max() / 448
-            tensors[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
-            tensors[f"{layer}.weight_scale"] = scale
-            layers[layer] = {"format": "float8_e4m3fn"}
-        else:
-            tensors[name] = tensor
-    save_file(tensors, path, {"_quantization_metadata": json.dumps({"layers": layers})})
-    return path
 
 
 with torch.inference_mode():
@@ -103,9 +74,9 @@ with torch.inference_mode():
 
     for strength in (1.0, 0.5):
         found["errors"][f"lora_{strength}"] = difference(
-            sample(with_lora(fused, strength)), sample(with_lora(model, strength))
+            sample(with_lora(fused, strength, 0.05)), sample(with_lora(model, strength, 0.05))
         )
-    found["lora_matters"] = difference(sample(with_lora(model, 0.5)), expected)
+    found["lora_matters"] = difference(sample(with_lora(model, 0.5, 0.05)), expected)
     found["errors"]["lora_removed"] = difference(sample(fused), expected)
 
     # what it does not know goes to the host
@@ -142,10 +113,10 @@ with torch.inference_mode():
     found["fp8_error"] = difference(first, expected)
     found["fp8_repeats"] = torch.equal(sample(low), first)
     found["fp8_matrices"] = len(engine_of(low)._fp8)
-    changed = sample(with_lora(low, 1.0))
+    changed = sample(with_lora(low, 1.0, 0.05))
     found["fp8_lora"] = [
         difference(changed, first),
-        difference(changed, sample(with_lora(model, 1.0))),
+        difference(changed, sample(with_lora(model, 1.0, 0.05))),
     ]
     found["fp8_again"] = torch.equal(sample(low), first)
     comfy.model_management.unload_all_models()

@@ -18,9 +18,10 @@ from comfy.cli_args import args  # noqa: E402
 args.cpu = True
 import comfy.model_management  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
 
 sys.path.append(str(pack_parent))
+from tiny_klein import KLEIN, QKV, with_lora, write_fp8  # noqa: E402
+
 from ark.nodes.load import _report_transfers  # noqa: E402
 from ark.nodes.prepare import prepare  # noqa: E402
 from ark.patches import text_encoder, warmup  # noqa: E402
@@ -33,9 +34,7 @@ from ark.toolkit import igniter  # noqa: E402
 from ark.toolkit.embedded import ASSETS, embedded_text_encoder  # noqa: E402
 from ark.toolkit.paths import mmap_pin  # noqa: E402
 
-KLEIN = ASSETS / "diffusion_models" / "ark_tiny_klein.safetensors"
 VAE = ASSETS / "vae" / "ark_tiny_flux2_vae.safetensors"
-KEY = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
 CPU = torch.device("cpu")
 igniter.IN_MEMORY = 0  # map the small files, too, as large ones are
 found = {}
@@ -49,36 +48,9 @@ def sample(model):
     ]
 
 
-def with_lora(model, strength):
-    torch.manual_seed(1)
-    patched = model.clone()
-    shape = patched.model.state_dict()[KEY].shape
-    assert patched.add_patches({KEY: ("diff", (torch.randn(shape) * 0.02,))}, strength)
-    return patched
-
-
 def home(model):
     """How many weights are views of their file, of how many."""
     return [len(model.masters.at_home(model.model)), len(model.masters.homes)]
-
-
-def write_fp8(path, form):
-    """The transformer with its blocks (or every linear layer) in fp8 e4m3, one scale a tensor."""
-    metadata, tensors, layers = None, {}, {}
-    for name, tensor in load_file(KLEIN).items():
-        if tensor.ndim == 2 and (form == "scaled" or "_blocks." in name):
-            layer, scale = name.removesuffix(".weight"), tensor.float().abs().max() / 448
-            tensors[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
-            tensors[f"{layer}.{'scale_weight' if form == 'scaled' else 'weight_scale'}"] = scale
-            layers[layer] = {"format": "float8_e4m3fn"}
-        else:
-            tensors[name] = tensor
-    if form == "scaled":
-        tensors["scaled_fp8"] = torch.empty(2, dtype=torch.float8_e4m3fn)
-    else:
-        metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
-    save_file(tensors, path, metadata)
-    return path
 
 
 before = hashlib.sha256(KLEIN.read_bytes()).hexdigest()
@@ -100,7 +72,7 @@ with torch.inference_mode():
     lora = with_lora(model, 1.0)
     found["lora_same"] = torch.equal(sample(lora), expected_lora[1.0])
     found["backup_is_home"] = (
-        model.backup[KEY].weight.data_ptr() == model.masters.homes[KEY].data_ptr()
+        model.backup[QKV].weight.data_ptr() == model.masters.homes[QKV].data_ptr()
     )
     found["lora_strength_same"] = torch.equal(sample(with_lora(model, 0.5)), expected_lora[0.5])
     found["lora_gone"] = torch.equal(sample(model), expected)
@@ -163,9 +135,9 @@ with torch.inference_mode():
         for weight in model.model.parameters()
     ]
     found["offloaded_pinned"] = [sum(inside), len(inside), len(model.pinned)]
-    model.masters.make_writable(model.model, KEY)  # as before a hook writes into it
-    now = dict(model.model.named_parameters())[KEY]
-    found["writable_again"] = now.data_ptr() == model.masters.homes[KEY].data_ptr()
+    model.masters.make_writable(model.model, QKV)  # as before a hook writes into it
+    now = dict(model.model.named_parameters())[QKV]
+    found["writable_again"] = now.data_ptr() == model.masters.homes[QKV].data_ptr()
     x, sigma = torch.randn(1, 128, 4, 4), torch.ones(1)
     context = torch.randn(1, 32, 192)
     partly = model.model.apply_model(x, sigma, c_crossattn=context)

@@ -14,7 +14,7 @@ import torch
 from ..toolkit.compile import MODES, Compiler, any_length, compiler, describe
 from ..toolkit.errors import InputError
 from ..toolkit.hardware import Hardware, probe_hardware
-from .guard import OVERRIDE
+from .guard import OVERRIDE, PLAIN
 
 APPLY_MODEL = "apply_model"  # the host's WrappersMP.APPLY_MODEL
 KEY = "ark_compile"
@@ -64,6 +64,8 @@ def set_compile(model: Any, mode: str) -> tuple[Any, str, Compiler | None]:
             if not said:
                 log.warning("Ark compile: this model is partly off the card, so it runs uncompiled. Free some VRAM.")  # fmt: skip
             said = True
+            return executor(*args, **kwargs)
+        if any(isinstance(given, dict) and given.get(PLAIN) for given in (*args, *kwargs.values())):
             return executor(*args, **kwargs)
         real = {name: module._modules[name] for name in ("double_blocks", "single_blocks")}
         for blocks in real.values():

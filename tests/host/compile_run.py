@@ -102,6 +102,10 @@ with torch.inference_mode():
     found["told"] = [r.getMessage() for r in messages.buffer if r.levelno == logging.WARNING]
     unguarded, _ = set_attention(overflowing, "none")
     found["none_cancels"] = torch.equal(sample(unguarded), expected) and len(ran)
+    both, _, _ = set_compile(overflowing, "default")
+    found["guarded_compiled"] = torch.equal(
+        sample(both), expected
+    )  # by the host's code, uncompiled
 
     # fp8 weights
     fp8 = write_fp8(out.with_name("fp8.safetensors"))

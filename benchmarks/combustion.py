@@ -37,12 +37,14 @@ def arguments() -> argparse.Namespace:
 
 def again(args: argparse.Namespace, folder: Path, size: int) -> dict:
     """A second process: the first compiled image, then what new sizes and LoRAs compile."""
+    import comfy.model_management
     import torch
 
     from ark.patches.attention import set_attention
     from ark.patches.compile import set_compile
 
     model, width = load_klein(folder, args.tiny)
+    comfy.model_management.load_models_gpu([model])
     patched, _, compiler = set_compile(set_attention(model, "auto")[0], args.mode)
     first, _ = four_steps(patched, width, size)
     before, compiled = compiler.graphs, compiler.seconds

@@ -115,7 +115,7 @@ def trial(loader: str, flags: list[str], args: argparse.Namespace, folder: Path,
         first, _ = run(0)
         if not whole:
             return {}
-        time.sleep(8)  # what was loaded is pinned at leisure meanwhile
+        time.sleep(5)  # what was loaded is pinned at leisure meanwhile
         runs = [run(number) for number in (1, 2, 3)]
         loaded, busy = (statistics.median(values) for values in zip(*runs, strict=True))
         request = urllib.request.Request(

@@ -156,3 +156,8 @@ def wait_for(
     while pending:
         _, pending = futures.wait(pending, GLANCE)
         watch(sum(sending.moved for sending in sendings))
+
+
+def settle() -> None:
+    """Wait until nothing is on its way any more: what is measured on a device meanwhile says nothing."""
+    _queue.submit(int).result()

@@ -6,13 +6,14 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .ahead import settle
 from .errors import KernelUnavailable
 from .hardware import Hardware
 from .kernels import KERNELS, AttentionKernel
@@ -24,6 +25,7 @@ RELATIVE_ERROR = {
 }  # at most, against fp32, of kernels that quantise and of those that do not
 COSINE = 0.995  # at least
 WARM_UP, REPEAT = 3, 10
+STEADY, ATTEMPTS = 1.5, 3  # the spread of what is remembered; how often it is tried
 CHECKED_HEADS = 2  # fp32 attention of all heads would take gigabytes
 
 
@@ -38,6 +40,7 @@ class Measurement:
         relative_error: of its result against fp32, |a - b| / |b|.
         cosine: between its result and fp32's.
         problem: why it must not be chosen, or None.
+        spread: how many times the fastest call the median is; near 1 on a device that does nothing else.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Measurement:
     relative_error: float | None = None
     cosine: float | None = None
     problem: str | None = None
+    spread: float | None = None
 
     def __str__(self) -> str:
         if self.ms is None:
@@ -79,50 +83,64 @@ def measure_kernels(
         head = slice(0, CHECKED_HEADS)
         expected = F.scaled_dot_product_attention(*(x[:, head].float() for x in (q, k, v)))
     flop = 4 * shape[0] * shape[1] * shape[2] ** 2 * shape[3]
-    found = [
-        _measure(kernel, (q, k, v), expected, flop)
+    fitting = [
+        kernel
         for kernel in kernels.values()
         if kernel.unavailable(hardware) is None
         and dtype in kernel.dtypes
         and shape[-1] in kernel.head_dims
     ]
-    return sorted(found, key=lambda m: (m.problem is not None, m.ms or math.inf))
+    found = [_check(kernel, (q, k, v), expected) for kernel in fitting]
+    running = [kernels[m.name] for m in found if m.relative_error is not None]
+    seconds = _time(running, (q, k, v))
+    timed = [_with_time(m, seconds.get(m.name, []), flop) for m in found]
+    return sorted(timed, key=lambda m: (m.problem is not None, m.ms or math.inf))
 
 
-def _measure(
+def _check(
     kernel: AttentionKernel,
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     expected: torch.Tensor,
-    flop: int,
 ) -> Measurement:
+    """Compare what a kernel computes with attention in fp32."""
     try:
         out = kernel.attend(*qkv)[:, :CHECKED_HEADS].float()
-        seconds = _time(kernel, qkv)
+        relative = float((out - expected).norm() / expected.norm())
     except Exception as error:  # a kernel may fail in ways of its own: then it is not chosen
         return Measurement(kernel.name, problem=f"failed: {str(error).splitlines()[0]}")
-    relative = float((out - expected).norm() / expected.norm())
     cosine = float(F.cosine_similarity(out.flatten(), expected.flatten(), dim=0))
     limit, problem = RELATIVE_ERROR[kernel.lossy], None
     if not relative <= limit or not cosine >= COSINE:  # NaN is neither
         problem = f"relative error {relative:.3g} of at most {limit}, cosine {cosine:.4f} of at least {COSINE}"
-    return Measurement(kernel.name, seconds * 1e3, flop / seconds / 1e12, relative, cosine, problem)
+    return Measurement(kernel.name, None, None, relative, cosine, problem)
 
 
-def _time(kernel: AttentionKernel, qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> float:
-    """Median seconds of a call."""
+def _time(
+    kernels: Sequence[AttentionKernel], qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+) -> dict[str, list[float]]:
+    """Seconds of every call, by the kernel's name; the kernels take turns, so that what disturbs one disturbs all."""
 
     def synchronize() -> None:
         if qkv[0].is_cuda:
             torch.cuda.synchronize(qkv[0].device)
 
-    seconds = []
-    for _ in range(WARM_UP + REPEAT):
-        synchronize()
-        start = time.perf_counter()
-        kernel.attend(*qkv)
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[WARM_UP:])
+    seconds: dict[str, list[float]] = {}
+    for turn in range(WARM_UP + REPEAT):
+        for kernel in kernels:
+            synchronize()
+            start = time.perf_counter()
+            kernel.attend(*qkv)
+            synchronize()
+            if turn >= WARM_UP:
+                seconds.setdefault(kernel.name, []).append(time.perf_counter() - start)
+    return seconds
+
+
+def _with_time(measurement: Measurement, seconds: list[float], flop: int) -> Measurement:
+    if not seconds:
+        return measurement
+    median = statistics.median(seconds)
+    return dataclasses.replace(measurement, ms=median * 1e3, tflops=flop / median / 1e12, spread=median / min(seconds))  # fmt: skip
 
 
 def measured_kernels(
@@ -135,7 +153,13 @@ def measured_kernels(
         return [Measurement(**fields) for fields in recall("attention", key)]
     except TypeError:  # none yet, or not ours
         pass
-    found = measure_kernels(hardware, device, shape, dtype)
+    for _ in range(ATTEMPTS):
+        settle()
+        found = measure_kernels(hardware, device, shape, dtype)
+        if all(m.spread is None or m.spread < STEADY for m in found):
+            break
+    else:  # the device was busy with something else: good enough for this time
+        return found
     remember("attention", key, [dataclasses.asdict(measurement) for measurement in found])
     return found
 

@@ -1,5 +1,7 @@
 """The kernel registry: a decision and its reason, never a silent one."""
 
+import time
+
 import pytest
 import torch
 
@@ -146,6 +148,7 @@ def test_auto_takes_the_fastest_that_passed_and_shows_the_table(tmp_path, monkey
 
 def test_a_measurement_is_remembered_for_this_card_shape_and_versions(tmp_path, monkeypatch):
     monkeypatch.setenv("ARK_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(combustion, "STEADY", 1e9)
     count = []
     monkeypatch.setattr(
         combustion, "measure_kernels", lambda *a: count.append(a) or measure_kernels(*a, FAKES)
@@ -160,6 +163,26 @@ def test_a_measurement_is_remembered_for_this_card_shape_and_versions(tmp_path, 
     (tmp_path / "attention.json").write_text('{"x"')
     assert len(measured_kernels(HOPPER, place, shape, torch.float32)) == len(first)
     assert len(count) == 4
+
+
+def test_what_was_measured_on_a_busy_device_is_not_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("ARK_CACHE_DIR", str(tmp_path))
+    calls = []
+
+    def uneven(q, k, v):
+        calls.append(1)
+        time.sleep(0.02 if len(calls) % 3 else 0.0)  # most calls have to wait
+        return exact(q, k, v)
+
+    fake = {"uneven": AttentionKernel("uneven", (torch.float32,), uneven, everywhere)}
+    monkeypatch.setattr(combustion, "measure_kernels", lambda *a: measure_kernels(*a, fake))
+    asked = (HOPPER, torch.device("cpu"), (1, 2, 30, 128), torch.float32)
+    (found,) = measured_kernels(*asked)
+    assert found.problem is None and found.spread > combustion.STEADY
+    first = len(calls)
+    assert first == combustion.ATTEMPTS * (1 + combustion.WARM_UP + combustion.REPEAT)
+    measured_kernels(*asked)
+    assert len(calls) == 2 * first
 
 
 @pytest.mark.gpu

@@ -103,4 +103,5 @@ def swiglu(
     out = F.silu(gate) * up
     if attention is not None:
         out = torch.cat((rows.to_rows(attention).float(), out), 1)
-    return quantise(out) if fp8 else out.to(gate_up.dtype)
+    out = out.to(gate_up.dtype)
+    return quantise(out) if fp8 else out

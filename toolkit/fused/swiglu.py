@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .matrix import FP8, SMALLEST, Activations, Quantised
-from .modulate import line_of, store_fp8
+from .modulate import line_of
 from .rows import Rows
 
 BLOCK = 1024  # columns that one program writes
@@ -37,24 +37,56 @@ def _swiglu(
 
 
 @triton.jit
-def _swiglu_fp8(
-    gate_up, attention, out, out_scale, row_step, picture_step, token_step, attention_width, width,
-    txt_rows, txt_len, img_len, smallest, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0)
-    columns = tl.arange(0, BLOCK)
-    all_columns = attention_width + width
-    inside = columns < attention_width
-    _, picture, token = line_of(row, txt_rows, txt_len, img_len)
-    at = picture.to(tl.int64) * picture_step + token.to(tl.int64) * token_step + columns
-    before = tl.load(attention + at, inside, 0.0).to(tl.float32)
-    inside = (columns >= attention_width) & (columns < all_columns)
-    at = row.to(tl.int64) * row_step + columns - attention_width
+def _gated(gate_up, at, width, inside):
+    """SwiGLU of some columns, rounded as the one that is not quantised."""
     gate = tl.load(gate_up + at, inside, 0.0).to(tl.float32)
     up = tl.load(gate_up + width + at, inside, 0.0).to(tl.float32)
-    value = before + gate * tl.sigmoid(gate) * up
-    to = row.to(tl.int64) * all_columns + columns
-    store_fp8(out, out_scale, row, to, value, columns < all_columns, smallest)
+    return (gate * tl.sigmoid(gate) * up).to(gate_up.dtype.element_ty)
+
+
+@triton.jit
+def _largest(value):
+    return tl.max(tl.abs(value.to(tl.float32)), 0)
+
+
+@triton.jit
+def _swiglu_fp8(
+    gate_up, attention, out, out_scale, row_step, picture_step, token_step, attention_width, width,
+    txt_rows, txt_len, img_len, smallest,
+    BEFORE: tl.constexpr, MOST: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    # A row stays in registers until its largest number is known: in blocks that hold hardly more than it has.
+    row = tl.program_id(0)
+    source, to = row.to(tl.int64) * row_step, row.to(tl.int64) * (attention_width + width)
+    most = tl.arange(0, MOST)
+    gated = _gated(gate_up, source + most, width, most < width)
+    top = tl.maximum(_largest(gated), smallest)
+    if REST:
+        rest = MOST + tl.arange(0, REST)
+        gated_rest = _gated(gate_up, source + rest, width, rest < width)
+        top = tl.maximum(top, _largest(gated_rest))
+    if BEFORE:
+        _, picture, token = line_of(row, txt_rows, txt_len, img_len)
+        columns = tl.arange(0, BEFORE)
+        at = picture.to(tl.int64) * picture_step + token.to(tl.int64) * token_step + columns
+        before = tl.load(attention + at, columns < attention_width, 0.0)
+        top = tl.maximum(top, _largest(before))
+    step = top / 448.0
+    tl.store(out_scale + row, step)
+    if BEFORE:
+        tl.store(
+            out + to + columns,
+            (before.to(tl.float32) / step).to(out.dtype.element_ty),
+            columns < attention_width,
+        )
+    to += attention_width
+    tl.store(out + to + most, (gated.to(tl.float32) / step).to(out.dtype.element_ty), most < width)
+    if REST:
+        tl.store(
+            out + to + rest,
+            (gated_rest.to(tl.float32) / step).to(out.dtype.element_ty),
+            rest < width,
+        )
 
 
 def swiglu(
@@ -71,6 +103,10 @@ def swiglu(
         _swiglu[grid](gate_up, attention, out, *sizes, BLOCK=BLOCK, num_warps=4)
         return out
     scale = gate_up.new_empty(rows.count, 1, dtype=torch.float32)
-    whole = triton.next_power_of_2(out.shape[1])
-    _swiglu_fp8[(rows.count,)](gate_up, attention, out, scale, *sizes, SMALLEST, BLOCK=whole, num_warps=16)  # fmt: skip
+    most = 1 << (width.bit_length() - 1)  # the largest power of two in it
+    rest = triton.next_power_of_2(width - most) if width > most else 0
+    before = triton.next_power_of_2(attention_width) if attention_width else 0
+    _swiglu_fp8[(rows.count,)](
+        gate_up, attention, out, scale, *sizes, SMALLEST, BEFORE=before, MOST=most, REST=rest, num_warps=8
+    )  # fmt: skip
     return Quantised(out, scale)

@@ -154,24 +154,33 @@ def main() -> None:
             for name in list(modes)[:: 1 if turn % 2 == 0 else -1]:
                 print(name, flush=True)
                 found[name].append(trial(name.split("_")[0], modes[name], args, folder))
-
-    def median(name: str, what: str) -> float:
-        return statistics.median(times[what] for times in found[name])
-
+            if not args.tiny:  # after each turn, as a machine may be taken away
+                record(found, args.comfyui)
     if args.tiny:
-        print({what: median("ark_dynamic", what) for what in ("first", "loaded", "reload")})
-        return
-    rows = [
-        row(mode, median(f"ark_{mode}", "first"), "s", args.repeat, {f"comfyui_{mode}": median(f"comfyui_{mode}", "first")})
-        for mode in ("static", "dynamic")
-    ]  # fmt: skip
-    peers = {name: median(name, "reload") for name in ("comfyui_static", "comfyui_dynamic")}
-    rows.append(row("reload_after_free", median("ark_dynamic", "reload"), "s", args.repeat, peers))
+        print({what: median(found["ark_dynamic"], what) for what in ("first", "loaded", "reload")})
+
+
+def median(trials: list[dict[str, float]], what: str) -> float:
+    return statistics.median(times[what] for times in trials)
+
+
+def record(found: dict[str, list[dict[str, float]]], comfyui: Path) -> None:
+    """Write what was found so far."""
+    turns = len(found["ark_static"])
+    rows = []
+    for mode in ("static", "dynamic"):
+        ark, stock = (median(found[f"{loader}_{mode}"], "first") for loader in ("ark", "comfyui"))
+        rows.append(row(mode, ark, "s", turns, {f"comfyui_{mode}": stock}))
+    peers = {name: median(found[name], "reload") for name in ("comfyui_static", "comfyui_dynamic")}
+    rows.append(row("reload_after_free", median(found["ark_dynamic"], "reload"), "s", turns, peers))
     for item in rows:
         print(item)
-    versions = {"python": platform.python_version(), "torch": version("torch")}
-    known = (args.comfyui / "comfyui_version.py").read_text(encoding="utf-8")
-    versions["comfyui"] = known.split('"')[-2]
+    known = (comfyui / "comfyui_version.py").read_text(encoding="utf-8")
+    versions = {
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "comfyui": known.split('"')[-2],
+    }
     name = torch.cuda.get_device_name()
     print(write_record("first_image", name, versions, rows))
     print(bar_chart("first_image", f"Seconds from Queue to the first image ({name}), shorter is better", rows))  # fmt: skip

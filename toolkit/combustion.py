@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import statistics
 import time
@@ -27,6 +28,7 @@ COSINE = 0.995  # at least
 WARM_UP, REPEAT = 3, 10
 STEADY, ATTEMPTS = 1.5, 3  # the spread of what is remembered; how often it is tried
 CHECKED_HEADS = 2  # fp32 attention of all heads would take gigabytes
+log = logging.getLogger("ark")
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,13 @@ def measure_kernels(
     ]
     found = [_check(kernel, (q, k, v), expected) for kernel in fitting]
     running = [kernels[m.name] for m in found if m.relative_error is not None]
-    seconds = _time(running, (q, k, v))
-    timed = [_with_time(m, seconds.get(m.name, []), flop) for m in found]
+    seconds, failures = _time(running, (q, k, v))
+    timed = [
+        Measurement(m.name, problem=failures[m.name])
+        if m.name in failures
+        else _with_time(m, seconds.get(m.name, []), flop)
+        for m in found
+    ]
     return sorted(timed, key=lambda m: (m.problem is not None, m.ms or math.inf))
 
 
@@ -107,7 +114,7 @@ def _check(
         out = kernel.attend(*qkv)[:, :CHECKED_HEADS].float()
         relative = float((out - expected).norm() / expected.norm())
     except Exception as error:  # a kernel may fail in ways of its own: then it is not chosen
-        return Measurement(kernel.name, problem=f"failed: {str(error).splitlines()[0]}")
+        return Measurement(kernel.name, problem=_failure(error))
     cosine = float(F.cosine_similarity(out.flatten(), expected.flatten(), dim=0))
     limit, problem = RELATIVE_ERROR[kernel.lossy], None
     if not relative <= limit or not cosine >= COSINE:  # NaN is neither
@@ -117,23 +124,34 @@ def _check(
 
 def _time(
     kernels: Sequence[AttentionKernel], qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-) -> dict[str, list[float]]:
-    """Seconds of every call, by the kernel's name; the kernels take turns, so that what disturbs one disturbs all."""
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of every call, and who failed why, by the kernel's name; they take turns: what disturbs one disturbs all."""
 
     def synchronize() -> None:
         if qkv[0].is_cuda:
             torch.cuda.synchronize(qkv[0].device)
 
     seconds: dict[str, list[float]] = {}
+    failures: dict[str, str] = {}
     for turn in range(WARM_UP + REPEAT):
         for kernel in kernels:
+            if kernel.name in failures:
+                continue
             synchronize()
             start = time.perf_counter()
-            kernel.attend(*qkv)
-            synchronize()
+            try:
+                kernel.attend(*qkv)
+                synchronize()
+            except Exception as error:
+                failures[kernel.name] = _failure(error)
+                continue
             if turn >= WARM_UP:
                 seconds.setdefault(kernel.name, []).append(time.perf_counter() - start)
-    return seconds
+    return seconds, failures
+
+
+def _failure(error: Exception) -> str:
+    return f"failed: {(str(error) or type(error).__name__).splitlines()[0]}"
 
 
 def _with_time(measurement: Measurement, seconds: list[float], flop: int) -> Measurement:
@@ -158,7 +176,8 @@ def measured_kernels(
         found = measure_kernels(hardware, device, shape, dtype)
         if all(m.spread is None or m.spread < STEADY for m in found):
             break
-    else:  # the device was busy with something else: good enough for this time
+    else:
+        log.warning("Ark: attention kernels were measured on a busy device; they are measured again the next time.")  # fmt: skip
         return found
     remember("attention", key, [dataclasses.asdict(measurement) for measurement in found])
     return found

@@ -185,6 +185,19 @@ def test_what_was_measured_on_a_busy_device_is_not_remembered(tmp_path, monkeypa
     assert len(calls) == 2 * first
 
 
+def test_a_kernel_that_fails_while_it_is_timed_costs_only_itself():
+    calls = []
+
+    def tires(q, k, v):
+        calls.append(1)
+        return exact(q, k, v) if len(calls) < 4 else fail(q, k, v)
+
+    fakes = {"tires": AttentionKernel("tires", (torch.float32,), tires, everywhere), "exact": FAKES["exact"]}  # fmt: skip
+    found = measure_kernels(CPU, torch.device("cpu"), (1, 2, 30, 128), torch.float32, fakes)
+    assert [m.name for m in found] == ["exact", "tires"] and found[0].problem is None
+    assert found[1].ms is None and found[1].problem == "failed: no such instruction"
+
+
 @pytest.mark.gpu
 def test_auto_on_the_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("ARK_CACHE_DIR", str(tmp_path))

@@ -99,6 +99,7 @@ class ArkFastLoader(io.ComfyNode):
         progress.update(1)
         model, model_dims = load_transformer(paths["diffusion_model"])
         check_match(model_dims, clip_dims, text_encoder)
+        clip.patcher.lead(model)
         progress.update(1)
         decoder, _ = load_vae(paths["vae"])
         progress.update(1)

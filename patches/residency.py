@@ -48,6 +48,7 @@ class Masters:
         self.homes: dict[str, torch.Tensor] = {}
         self.origins: dict[str, tuple[ModelFile, TensorEntry]] = {}
         self.pinned: dict[tuple, torch.Tensor | None] = {}  # files in pinned memory, by identity
+        self.follower: Callable[[], Any] = lambda: None  # see `ResidentPatcher.lead`
         for key, weight in _weights(module).items():
             if origin := opened.origin_of(_stored(weight)):
                 self.homes[key] = weight.detach()
@@ -104,6 +105,8 @@ class Masters:
         for group, entries in groups.items():
             sending = send(self.opened, files[group[0]], entries, device)
             travelling[id(sending)] = (sending, keys[group])
+        if (follower := self.follower()) is not None:
+            follower.ark_masters.send_ahead(follower, device)
         total = sum(sending.layout.nbytes for sending, _ in travelling.values())
         try:
             sendings = [sending for sending, _ in travelling.values()]
@@ -127,6 +130,11 @@ class Masters:
                     _set(module, key, self.cast(_with_stored(self.homes[key], weight)))
         if failure:
             raise failure
+
+    def send_ahead(self, module: torch.nn.Module, device: torch.device) -> None:
+        """Let the weights leave before anybody asks for them, if all of them are at home and none is on its way."""
+        if not self.opened.ahead and self.at_home(module) == self.homes.keys():
+            send_ahead(self.opened, map(_stored, self.homes.values()), device)
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
         """A weight in the dtype that it is used in, computed where it lies."""
@@ -203,6 +211,10 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
             reason := send_ahead(opened, state_dict.values(), device)
         ):
             log.info("Ark igniter: the weights are sent when they are needed (%s).", reason)
+
+    def lead(self, follower: ResidentPatcher) -> None:
+        """Let another model's weights leave whenever this one is loaded: what it computes is meant for that one."""
+        self.masters.follower = weakref.ref(follower.model)
 
     @property
     def masters(self) -> Masters:

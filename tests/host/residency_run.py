@@ -205,6 +205,22 @@ with torch.inference_mode():
     found["after_interrupt"] = torch.equal(sample(model), expected)
     comfy.model_management.unload_all_models()
 
+    # whoever loads the text encoder will want the transformer: it leaves, too, unless it is there
+    model, _ = load_transformer(KLEIN, ahead=False)
+    clip, _ = load_text_encoder(embedded_text_encoder(), ahead=False)
+    clip.patcher.lead(model)
+    for _ in range(2):
+        comfy.model_management.load_models_gpu([clip.patcher])
+        found["led"] = [*found.get("led", []), len(model.masters.opened.ahead)]
+        found["led_same"] = torch.equal(sample(model), expected)
+        clip.patcher.detach()
+        comfy.model_management.load_models_gpu([clip.patcher])
+        found["led"].append(len(model.masters.opened.ahead))
+        comfy.model_management.unload_all_models()
+    del model
+    comfy.model_management.load_models_gpu([clip.patcher])  # alone
+    comfy.model_management.unload_all_models()
+
     # the loader's node hears of transfers that end after it
     model, _ = load_transformer(KLEIN)
     lines = _report_transfers("Opened.", "7", (model,))

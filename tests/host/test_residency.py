@@ -28,6 +28,11 @@ def test_weights_leave_before_they_are_asked_for(found):
     assert found["sent_ahead"] == 1 and found["left_ahead"] == 0
 
 
+def test_the_transformer_follows_the_text_encoder(found):
+    assert found["led"] == [1, 0, 1, 0]  # sent while at home only
+    assert found["led_same"]
+
+
 def test_lora_equals_the_hosts_and_leaves_nothing(found):
     assert found["lora_matters"]
     assert found["lora_same"] and found["lora_strength_same"] and found["lora_gone"]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import logging
 import operator
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.model_management
@@ -240,6 +241,11 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
                 self.detach()  # newer hosts do not, as theirs is no Exception
                 raise
         self.masters.cast_at_home(self.model)
+        if (
+            fast and not full_load
+        ):  # what fits comes at the speed of the link, the rest is read from there at each step
+            for key in self.masters.at_home(self.model) & self.masters.origins.keys():
+                self.masters.pin(self.model, key, device_to)
         return super().load(
             device_to,
             lowvram_model_memory=lowvram_model_memory,
@@ -291,10 +297,16 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
         return super().unpatch_model(device_to, unpatch_weights=unpatch_weights)
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
-        """Free some memory: a flat buffer is given up whole, then what fits is loaded by the host, module by module."""
+        """Free some memory; what leaves is dropped, not copied back.
+
+        A flat buffer is given up whole, then what fits is loaded by the host, module by module.
+        """
         away = self.masters.homes.keys() - self.masters.at_home(self.model)
         if self.model.model_lowvram or not away:
-            return super().partially_unload(device_to, memory_to_free, force_patch_weights)
+            with self._dropping(away):
+                freed = super().partially_unload(device_to, memory_to_free, force_patch_weights)
+            self.masters.cast_at_home(self.model)
+            return freed
         before = self.loaded_size()
         self.unpatch_model(device_to)
         self.patch_model(
@@ -303,6 +315,26 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
             force_patch_weights=force_patch_weights,
         )
         return before - self.loaded_size()
+
+    @contextlib.contextmanager
+    def _dropping(self, keys: set[str]) -> Iterator[None]:
+        """Let `module.to(cpu)` give some weights their place at home, in place of a copy of what the device has."""
+        parts = collections.defaultdict(list)
+        for key in keys:
+            parts[self.model.get_submodule(key.rpartition(".")[0])].append(key)
+        for part, own in parts.items():
+            part.to = functools.partial(self._move, part, own)  # on the object, for this call
+        try:
+            yield
+        finally:
+            for part in parts:
+                del part.to
+
+    def _move(self, part: torch.nn.Module, keys: list[str], device: torch.device) -> torch.nn.Module:  # fmt: skip
+        if device.type == "cpu":
+            for key in keys:
+                _set(self.model, key, self.masters.homes[key])
+        return type(part).to(part, device)
 
 
 def _weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -141,6 +141,22 @@ with torch.inference_mode():
     x, sigma = torch.randn(1, 128, 4, 4), torch.ones(1)
     context = torch.randn(1, 32, 192)
     partly = model.model.apply_model(x, sigma, c_crossattn=context)
+    # of what was loaded (here a copy stands for it) a part leaves: nothing of it is copied back
+    model.unpatch_model(CPU)
+    model.patch_model(CPU, lowvram_model_memory=3 * size // 4)
+    loaded = [m for m in model.model.modules() if getattr(m, "comfy_patched_weights", False)]
+    loaded = [part for part in loaded if getattr(part, "weight", None) is not None]
+    for part in loaded:
+        part.weight = torch.nn.Parameter(part.weight.clone(), requires_grad=False)
+    copies_now = {part.weight.data_ptr() for part in loaded}
+    found["dropped_bytes"] = [model.partially_unload(CPU, size // 8), size // 8]
+    left = copies_now & {weight.data_ptr() for weight in model.model.parameters()}
+    gone = [part for part in loaded if not part.comfy_patched_weights]
+    found["dropped"] = [len(loaded), len(gone), len(left)]
+    found["moves_are_the_modules_own"] = not any("to" in vars(m) for m in model.model.modules())
+    found["dropped_same"] = torch.equal(
+        model.model.apply_model(x, sigma, c_crossattn=context), partly
+    )
     model.unpatch_model(CPU)
     mmap_pin.pinned_bytes = real
     found["home_after_offloading"] = home(model)

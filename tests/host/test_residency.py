@@ -78,6 +78,13 @@ def test_what_stays_off_the_device_is_pinned_in_its_file(found):
     assert found["home_after_offloading"][0] == found["home_after_offloading"][1]
 
 
+def test_what_leaves_in_part_is_dropped(found):
+    loaded, gone, left = found["dropped"]
+    freed, asked = found["dropped_bytes"]
+    assert 0 < gone < loaded and left == loaded - gone
+    assert freed >= asked and found["dropped_same"] and found["moves_are_the_modules_own"]
+
+
 def test_a_vae_is_cast_where_it_is_used(found):
     assert found["vae_used_as"] == [["torch.bfloat16"]] * 2
     assert found["vae_same"]

@@ -129,6 +129,7 @@ class CompiledBlock(torch.nn.Module):
     def __init__(self, block: torch.nn.Module, compiler: Compiler):
         super().__init__()
         self.block = block
+        self.recorded = compiler.mode == "reduce-overhead"
         self.run = compiler(_double if hasattr(block, "img_attn") else _single)
 
     def forward(self, *args: Any, transformer_options: dict | None = None, **kwargs: Any) -> Any:
@@ -142,7 +143,14 @@ class CompiledBlock(torch.nn.Module):
             if isinstance(tensor, torch.Tensor) and tensor.ndim == 3:
                 any_length(tensor, 1)
         any_length(kwargs["pe"], 2)
-        return self.run(self.block, *args, transformer_options=lean, **kwargs)
+        result = self.run(self.block, *args, transformer_options=lean, **kwargs)
+        if self.recorded:  # the next block's recording may write where this result lies
+            return (
+                result.clone()
+                if isinstance(result, torch.Tensor)
+                else tuple(x.clone() for x in result)
+            )
+        return result
 
 
 def _double(block, img, txt, *args, **kwargs):

@@ -27,7 +27,7 @@ SPARE = 4 << 30  # bytes besides, for activations
 PATIENCE = 60.0  # s until what nobody took is given up
 GLANCE = 0.1  # s between two looks at what is on its way
 TURN = (
-    0.0005  # s for which a thread of the interpreter goes on while others wait, during a transfer
+    0.00005  # s for which a thread of the interpreter goes on while others wait, during a transfer
 )
 _queue = futures.ThreadPoolExecutor(1, "ark-ahead")
 

@@ -16,6 +16,7 @@ from .paths import PATHS, TransferPath
 from .rates import known_rates, link_rate, remember_rate
 from .storage import Storage, probe_storage
 
+STAYS = 1.5  # how much faster a path must be than one that leaves the file ready for the next time
 log = logging.getLogger("ark")
 
 
@@ -105,6 +106,8 @@ def ranked_paths(
 ) -> list[tuple[TransferPath, str]]:
     """The paths, the best first: one that is ready, then by what was measured here, else by what each one promises.
 
+    One that leaves the file ready for the next time is taken unless another is faster by a fair margin.
+
     Returns:
         Each with the reason for its place.
     """
@@ -113,10 +116,11 @@ def ranked_paths(
     def rate_of(path: TransferPath) -> tuple[float, str]:
         if path.ready(file, layout):
             return float("inf"), "the file is pinned already"
+        worth = STAYS if path.stays else 1.0
         if path.name in known:
             rate = known[path.name]
-            return rate, f"{rate / 1e9:.1f} GB/s when last measured here"
-        return path.expected * link, "not measured here yet"
+            return rate * worth, f"{rate / 1e9:.1f} GB/s when last measured here"
+        return path.expected * link * worth, "not measured here yet"
 
     ranked = sorted(PATHS.values(), key=lambda path: rate_of(path)[0], reverse=True)
     return [(path, rate_of(path)[1]) for path in ranked]

@@ -1,5 +1,6 @@
 """The kernel registry: a decision and its reason, never a silent one."""
 
+import threading
 import time
 
 import pytest
@@ -44,6 +45,24 @@ def test_math_kernel_equals_plain_attention():
     expected = torch.softmax(q @ k.mT / 128**0.5, -1) @ v
     out = KERNELS["math"].attend(q.float(), k.float(), v.float())
     assert torch.allclose(out.double(), expected, atol=1e-5)
+
+
+def test_measuring_leaves_attention_of_other_threads_alone():
+    cuda, seen, stop = torch.backends.cuda, set(), threading.Event()
+
+    def watch():
+        while not stop.is_set():
+            seen.add((cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()))  # fmt: skip
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(3):
+        measure_kernels(
+            CPU, torch.device("cpu"), (1, 2, 256, 64), torch.float32, {"math": KERNELS["math"]}
+        )
+    stop.set()
+    watcher.join()
+    assert seen == {(True, True, True)}
 
 
 BLACKWELL = Hardware("cuda", "RTX 5090", (12, 0), (("triton", "3.6.0"), ("sageattention", "2.2.0"), ("sageattn3", "1.0")))  # fmt: skip

@@ -1,27 +1,38 @@
-"""The kernels that torch brings along."""
+"""The kernels that torch brings along, each called by its own name.
+
+Choosing one by `sdpa_kernel` would be the same for one thread, but its setting is the whole process's: attention of other
+threads would find no kernel meanwhile.
+"""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .kernel import ALL_FLOATS, HALF, Attend, AttentionKernel, needs
+from .kernel import ALL_FLOATS, HALF, AttentionKernel, needs
 
 ANY_HEAD_DIM = tuple(range(8, 257, 8))
 
 
-def _attend(backend: SDPBackend) -> Attend:
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v)
+def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
 
-    return attend
+
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+
+def _efficient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, False)[0]
+
+
+def attend_math(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention in plain torch operations; see `AttentionKernel.attend`."""
+    return torch.ops.aten._scaled_dot_product_attention_math(q, k, v)[0]
 
 
 KERNELS = (
-    AttentionKernel("cudnn", HALF, _attend(SDPBackend.CUDNN_ATTENTION), needs((8, 0)), head_dims=(64, 128)),
-    AttentionKernel("flash", HALF, _attend(SDPBackend.FLASH_ATTENTION), needs((8, 0)), head_dims=ANY_HEAD_DIM),
-    AttentionKernel("efficient", ALL_FLOATS, _attend(SDPBackend.EFFICIENT_ATTENTION), needs((5, 0)), head_dims=ANY_HEAD_DIM),
-    AttentionKernel("math", ALL_FLOATS, _attend(SDPBackend.MATH), lambda hardware: None, head_dims=ANY_HEAD_DIM),
-)  # fmt: skip
+    AttentionKernel("cudnn", HALF, _cudnn, needs((8, 0)), head_dims=(64, 128)),
+    AttentionKernel("flash", HALF, _flash, needs((8, 0)), head_dims=ANY_HEAD_DIM),
+    AttentionKernel("efficient", ALL_FLOATS, _efficient, needs((5, 0)), head_dims=ANY_HEAD_DIM),
+    AttentionKernel("math", ALL_FLOATS, attend_math, lambda hardware: None, head_dims=ANY_HEAD_DIM),
+)

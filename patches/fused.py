@@ -16,12 +16,14 @@ import torch
 
 from ..toolkit.errors import InputError
 from ..toolkit.fused.matrix import FP8, Fp8, Matrix, Plain
-from ..toolkit.fused.runner import PRECISIONS, Runner, Unknown
+from ..toolkit.fused.runner import COMPUTED, PRECISIONS, Runner, Unknown
 from ..toolkit.step import SingleBlock, Stream, Weights
 from .guard import OVERRIDE, PLAIN, add_guard
+from .warmup import warm_up
 
 __all__ = ["PRECISIONS", "remove_fused", "set_fused"]
 DIFFUSION_MODEL = "diffusion_model"  # the host's WrappersMP.DIFFUSION_MODEL
+FORWARD = "forward_orig"  # the host's method that takes tokens
 ON_DETACH = "on_detach_after"  # the host's CallbacksMP.ON_DETACH
 KEY = "ark_fused"
 OLD_EPS = 1e-6  # of the norms of q and k where the host's module does not say
@@ -49,17 +51,17 @@ def set_fused(model: Any, precision: str = "bf16") -> tuple[Any, str]:
 
     def fused(executor, *args, **kwargs):
         module = executor.class_obj
-        module.forward_orig = functools.partial(
-            engine.forward, module
-        )  # on the object, for this call
+        before = vars(module).pop(FORWARD, None)
+        setattr(module, FORWARD, functools.partial(engine.forward, module))  # for this call
         try:
             return executor(*args, **kwargs)
         finally:
-            del module.forward_orig
+            delattr(module, FORWARD)
+            engine.guard_host_forward(module, before)
 
     def detached(patcher: Any, unpatch_all: bool) -> None:
         if unpatch_all:  # it leaves the device, and is not only followed by another clone
-            engine.runner.release()
+            engine.weights_changed()
 
     fused.engine = engine  # for who reports
     clone.add_wrapper_with_key(DIFFUSION_MODEL, KEY, fused)
@@ -67,6 +69,7 @@ def set_fused(model: Any, precision: str = "bf16") -> tuple[Any, str]:
     override = clone.model_options.get("transformer_options", {}).get(OVERRIDE)
     kernel = getattr(override, "kernel", None)
     add_guard(clone, f"{kernel} in the fused engine" if kernel else "the fused engine")
+    engine.warm_up(kernel)
     why_not = engine.runner.graphs.why_not
     graphs = f", no CUDA graph ({why_not})" if why_not else ""
     return clone, f"engine: fused, {precision}, {engine.runner.how}{graphs}."
@@ -89,7 +92,16 @@ class Engine:
 
     def __init__(self, base: Any, runner: Runner):
         self.base, self.runner = base, runner
+        self.masters = getattr(base, "ark_masters", None)  # of models that Ark loaded
+        if self.masters:
+            self.masters.watchers.add(self)
         self._patches: Any = None  # the host's name for the set of patches that the weights have
+        self._made: Weights | None = None  # the record whose originals left the device
+
+    def weights_changed(self) -> None:
+        """Give up what was made of the weights: they lie elsewhere now, or are others."""
+        self.runner.release()
+        self._made = None
 
     def forward(self, flux: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the host's `forward_orig`."""
@@ -101,7 +113,34 @@ class Engine:
             if str(unknown) not in self.runner.reasons:
                 self.runner.reasons.add(str(unknown))
                 log.warning("Ark fused: ComfyUI's own forward runs instead (%s).", unknown)
+            self.bring_back()
             return own(flux, *args, **kwargs)
+
+    def bring_back(self) -> None:
+        """Let the model's own weights lie on the device again, if they left it."""
+        if self.masters and self.masters.released:
+            self.weights_changed()  # there may not be room for both
+            self.masters.bring_back(self.base, self.runner.device)
+
+    def guard_host_forward(self, flux: Any, before: Any) -> None:
+        """While the model's own weights are away, its own forward has them brought back first.
+
+        Args:
+            flux: the host's module.
+            before: what another engine has set there.
+        """
+        if not (self.masters and self.masters.released):
+            return
+        masters, base, device = self.masters, self.base, self.runner.device
+
+        @torch.compiler.disable
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+            delattr(flux, FORWARD)
+            masters.changed()
+            masters.bring_back(base, device)
+            return getattr(flux, FORWARD)(*args, **kwargs)
+
+        setattr(flux, FORWARD, before or forward)
 
     def _denoise(
         self,
@@ -132,20 +171,71 @@ class Engine:
         if override is not None and kernel is None:
             raise Unknown("attention of another node")
         if (patches := self.base.current_weight_patches_uuid) != self._patches:
-            self.runner.release()  # they may have been written in place
+            self.weights_changed()  # they may have been written in place
             self._patches = patches
         ids = torch.cat((txt_ids[0], img_ids[0]))  # the same for each picture
-        return self.runner.run(self.weights(flux, img), img, txt, ids, timesteps, kernel)
+        return self.runner.run(self._record(flux, img), img, txt, ids, timesteps, kernel)
 
-    def weights(self, flux: Any, like: torch.Tensor) -> Weights:
-        """The record of a host's module, by reference; every weight must lie where the latents do."""
+    def _record(self, flux: Any, like: torch.Tensor) -> Weights:
+        """The weights; what fp8 copies were made of leaves the device, where the host's loader is Ark's."""
+        if self._made is not None and self._made.img_in.weight.dtype == like.dtype:
+            return self._made
+        self.bring_back()
+        copies: dict[torch.nn.Module, Matrix] = {}
+        weights = self.weights(flux, like, copies=copies)
+        if self.runner.precision == "fp8" and self.masters and not self.base.model_lowvram:
+            names = [n for n, m in flux.named_modules() if m in copies and not hasattr(m.weight, "_qdata")]  # fmt: skip
+            self.masters.release(self.base, [f"{DIFFUSION_MODEL}.{name}.weight" for name in names])
+            weights = self._made = self.weights(flux, like, copies=copies)  # the rest has moved
+        return weights
+
+    def warm_up(self, kernel: str | None) -> None:
+        """Let one block of each kind run in the background, at 1024x1024 and with weights that nobody has set."""
+        flux, device = self.base.diffusion_model, self.runner.device
+        dtype = self.base.manual_cast_dtype or self.base.get_dtype()
+        if dtype not in COMPUTED:
+            return
+        width, fp8_file = flux.params.context_in_dim, hasattr(flux.single_blocks[0].linear1.weight, "_qdata")  # fmt: skip
+        precision = "fp8" if fp8_file else self.runner.precision
+
+        def run() -> None:
+            engine = Engine(self.base, Runner(device, precision))
+            engine.runner.graphs.why_not = "it runs once"
+            latents = torch.zeros(1, 4096, flux.in_channels, dtype=dtype, device=device)
+            embeds, ids = latents.new_zeros(1, 512, width), torch.zeros(4608, 4, device=device)
+            weights = engine.weights(flux, latents, blocks=1, unset=True)
+            engine.runner.run(weights, latents, embeds, ids, latents.new_ones(1), kernel)
+
+        warm_up("fused engine", (flux.hidden_size, width, dtype, precision, kernel), device, run)
+
+    def weights(
+        self,
+        flux: Any,
+        like: torch.Tensor,
+        blocks: int | None = None,
+        unset: bool = False,
+        copies: dict[torch.nn.Module, Matrix] | None = None,
+    ) -> Weights:
+        """The record of a host's module, by reference; every weight must lie where the latents do.
+
+        Args:
+            flux: the module.
+            like: has the dtype to compute in, and the device.
+            blocks: how many of each kind, None for all.
+            unset: have tensors of the same shapes there, of any numbers, in place of the weights.
+            copies: the blocks' matrices by their layers; those that it has are taken, the others added.
+        """
+        copies = {} if copies is None else copies
 
         def tensor(layer: Any) -> torch.Tensor:
             if getattr(layer, "weight_function", None):
                 raise Unknown("weights are patched while they are used")
             if getattr(layer, "bias", None) is not None:
                 raise Unknown("it does not know biases")
-            return layer.scale if hasattr(layer, "scale") else layer.weight  # norms of older hosts
+            weight = (
+                layer.scale if hasattr(layer, "scale") else layer.weight
+            )  # norms of older hosts
+            return like.new_empty(weight.shape) if unset else weight
 
         def plain(layer: Any) -> torch.Tensor:
             return self.runner.plain(tensor(layer), like)
@@ -154,8 +244,10 @@ class Engine:
             return Plain(plain(layer))
 
         def matrix(layer: Any) -> Matrix:
-            weight = tensor(layer)
-            return _fp8_of_the_file(weight, like) if hasattr(weight, "_qdata") else self.runner.matrix(like, weight)  # fmt: skip
+            if layer not in copies:
+                weight = tensor(layer)
+                copies[layer] = _fp8_of_the_file(weight, like) if hasattr(weight, "_qdata") else self.runner.matrix(like, weight)  # fmt: skip
+            return copies[layer]
 
         def stream(block: Any, name: str) -> Stream:
             attn, mlp = getattr(block, f"{name}_attn"), getattr(block, f"{name}_mlp")
@@ -173,8 +265,8 @@ class Engine:
             of(flux.txt_in),
             (of(flux.time_in.in_layer), of(flux.time_in.out_layer)),
             *(of(modulation.lin) for modulation in modulations),
-            [(stream(block, "txt"), stream(block, "img")) for block in flux.double_blocks],
-            [single(block) for block in flux.single_blocks],
+            [(stream(block, "txt"), stream(block, "img")) for block in flux.double_blocks[:blocks]],
+            [single(block) for block in flux.single_blocks[:blocks]],
             of(flux.final_layer.adaLN_modulation[1]),
             of(flux.final_layer.linear),
             torch.finfo(torch.float32).eps if eps is None else eps,

@@ -12,8 +12,8 @@ import functools
 import logging
 import operator
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import comfy.model_management
 import comfy.model_patcher
@@ -33,6 +33,13 @@ if args.disable_pinned_memory:
     mmap_pin.forbid()
 
 
+class Watcher(Protocol):
+    """Who makes something of a model's weights."""
+
+    def weights_changed(self) -> None:
+        """Forget it: they lie elsewhere now, or are others."""
+
+
 class Masters:
     """Where each weight of a module comes from: a view of its file, which is the weight's home.
 
@@ -50,6 +57,9 @@ class Masters:
         self.origins: dict[str, tuple[ModelFile, TensorEntry]] = {}
         self.pinned: dict[tuple, torch.Tensor | None] = {}  # files in pinned memory, by identity
         self.follower: Callable[[], Any] = lambda: None  # see `ResidentPatcher.lead`
+        self.released: set[str] = set()  # at home, though the host takes them to be on the device
+        self.patched: Mapping[str, Any] = {}  # by key, what the host has to restore
+        self.watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
         for key, weight in _weights(module).items():
             if origin := opened.origin_of(_stored(weight)):
                 self.homes[key] = weight.detach()
@@ -170,9 +180,34 @@ class Masters:
                 data = data.view(entry.dtype).view(entry.shape)
                 _set(module, key, _with_stored(home, data))
 
+    def changed(self) -> None:
+        """Tell who made something of the weights that they lie elsewhere now, or are others."""
+        for watcher in list(self.watchers):
+            watcher.weights_changed()
+
+    def release(self, module: torch.nn.Module, keys: Iterable[str]) -> None:
+        """Give up the device's copies of weights that nothing will read there; patched ones stay. See `bring_back`."""
+        now = _weights(module)
+        going = (set(keys) & self.origins.keys()) - self.at_home(module) - self.patched.keys()
+        buffers = {_stored(now[key]).untyped_storage().data_ptr() for key in going}
+        for key in self.homes.keys() - going:
+            if _stored(now[key]).untyped_storage().data_ptr() in buffers:
+                with _lasting(self.homes[key]):  # of its own, so that the flat buffer goes
+                    _set(module, key, _with_stored(now[key], _stored(now[key]).clone()))
+        for key in going:
+            _set(module, key, self.homes[key])
+        self.released |= going
+
+    def bring_back(self, module: torch.nn.Module, device: torch.device) -> None:
+        """Undo `release`; raises what `send` does."""
+        if self.released:
+            self.send(module, device, set())
+            self.released.clear()
+
     def recall(self, module: torch.nn.Module) -> None:
         """Make every weight a view of its file again; what was on the device is dropped, nothing is copied back."""
         self.pinned.clear()
+        self.released.clear()
         for key in self.homes.keys() - self.at_home(module):
             _set(module, key, self.homes[key])
 
@@ -227,6 +262,7 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
     ):
         """Load as the host does, after the weights were sent to where it wants them."""
         fast = device_to is not None and device_to.type in self.fast_devices
+        self.masters.changed()
         if fast and not full_load:
             take_ahead(self.masters.opened, device_to)  # there is no room for it
         if fast and full_load:
@@ -246,6 +282,8 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
         ):  # what fits comes at the speed of the link, the rest is read from there at each step
             for key in self.masters.at_home(self.model) & self.masters.origins.keys():
                 self.masters.pin(self.model, key, device_to)
+        self.masters.released.clear()
+        self.masters.patched = self.backup
         return super().load(
             device_to,
             lowvram_model_memory=lowvram_model_memory,
@@ -280,16 +318,20 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, *rest):
         """Patch as the host does; it writes in place."""
+        self.masters.changed()
         self.masters.make_writable(self.model, key)
         return super().patch_hook_weight_to_device(hooks, combined_patches, key, *rest)
 
     def patch_cached_hook_weights(self, cached_weights, key, *rest):
         """Patch as the host does; it writes in place."""
+        self.masters.changed()
         self.masters.make_writable(self.model, key)
         return super().patch_cached_hook_weights(cached_weights, key, *rest)
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         """Unload as the host does, without copying back what the file has."""
+        if unpatch_weights:
+            self.masters.changed()
         if unpatch_weights and device_to is not None and device_to.type == "cpu":
             self.eject_model()
             self.unpatch_hooks()  # it writes into the weights: not into what is at home
@@ -308,10 +350,11 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
             self.masters.cast_at_home(self.model)
             return freed
         before = self.loaded_size()
+        fits = 1 if self.masters.released else max(1, before - memory_to_free)
         self.unpatch_model(device_to)
         self.patch_model(
             self.load_device,
-            lowvram_model_memory=max(1, before - memory_to_free),
+            lowvram_model_memory=fits,
             force_patch_weights=force_patch_weights,
         )
         return before - self.loaded_size()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import comfy.model_base
@@ -38,10 +39,14 @@ def sample_klein(
     samples = latent["samples"]
     _check(model, positive, samples)
     sigmas = klein_sigmas(steps, samples.shape[-2] * samples.shape[-1], denoise)
-    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    with ThreadPoolExecutor(
+        1
+    ) as aside:  # the noise is drawn while the prompt is copied, which waits, too
+        drawn = aside.submit(comfy.sample.prepare_noise, samples, seed, latent.get("batch_index"))
+        # once, as the host would copy it at each step
+        positive = [[tensor.to(model.load_device), options] for tensor, options in positive]
+        noise = drawn.result()
     guider = comfy.samplers.CFGGuider(model)
-    # once, as the host would copy it at each step, and wait for it
-    positive = [[tensor.to(model.load_device), options] for tensor, options in positive]
     guider.inner_set_conds({"positive": positive})
     guider.set_cfg(1.0)
     result = guider.sample(

@@ -17,10 +17,13 @@ import torch  # noqa: E402
 sys.path.append(str(pack_parent))
 from tiny_klein import KLEIN, difference, with_lora, write_fp8  # noqa: E402
 
+from ark.patches import warmup  # noqa: E402
 from ark.patches.attention import set_attention  # noqa: E402
 from ark.patches.fused import DIFFUSION_MODEL, KEY, remove_fused, set_fused  # noqa: E402
+from ark.patches.residency import ResidentPatcher  # noqa: E402
 from ark.patches.sampling import sample_klein  # noqa: E402
 from ark.patches.transformer import load_transformer  # noqa: E402
+from ark.toolkit import igniter  # noqa: E402
 from ark.toolkit.kernels import KERNELS, AttentionKernel  # noqa: E402
 
 found = {}
@@ -137,4 +140,46 @@ with torch.inference_mode():
     found["source_identical"] = torch.equal(sample(model), expected)
     found["attributes_unchanged"] = set(vars(flux)) == attributes
     comfy.model_management.unload_all_models()
+
+    # fp8 copies take the weights' place, until ComfyUI's own forward needs them
+    ResidentPatcher.fast_devices, igniter.IN_MEMORY = ("cuda", "cpu"), 0
+    sent, _ = load_transformer(KLEIN)
+    masters, (low, _) = sent.masters, set_fused(sent, "fp8")
+    away = found["released"] = {}
+
+    def note(name, same):
+        own = {
+            k: w for k, w in sent.model.named_parameters() if k not in masters.at_home(sent.model)
+        }
+        flat = sum(w.untyped_storage().nbytes() > w.nbytes for w in own.values())
+        away[name] = [same, len(masters.released), len(own), flat]
+
+    note("fp8", torch.equal(sample(low), first))
+    made = low.get_wrappers(DIFFUSION_MODEL, KEY)[0].engine._made
+    note("fp8_again", torch.equal(sample(low), first))
+    found["made_once"] = made is low.get_wrappers(DIFFUSION_MODEL, KEY)[0].engine._made
+    note("host", torch.equal(sample(sent), expected))
+    note("fp8_after_host", torch.equal(sample(low), first))
+    note("lora", torch.equal(sample(with_lora(low, 1.0, 0.05)), changed))
+    note("lora_removed", torch.equal(sample(low), first))
+    freed = low.partially_unload(torch.device("cpu"), 1000)
+    note("partly_unloaded", freed >= 1000)
+    note("after_that", torch.equal(sample(low), first))
+    comfy.model_management.unload_all_models()
+    note("unloaded", len(masters.at_home(sent.model)) == len(masters.homes))
+    note("reloaded", torch.equal(sample(low), first))
+    note("host_at_last", torch.equal(sample(sent), expected))
+    found["no_forward_left"] = "forward_orig" not in vars(sent.model.diffusion_model)
+    comfy.model_management.unload_all_models()
+
+    # one block of each kind runs in the background, once for a kind of model
+    warmup.DEVICES = ("cpu",)
+    messages.buffer.clear()
+    for _ in range(2):
+        set_fused(sent, "fp8")
+        warmup._queue.submit(int).result()
+    found["warmed"] = sorted(part for part, *_ in warmup._seen)
+    found["warm_up_warnings"] = [
+        r.getMessage() for r in messages.buffer if "warmed" in r.getMessage()
+    ]
 out.write_text(json.dumps(found))

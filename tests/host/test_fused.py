@@ -84,3 +84,20 @@ def test_the_node_renders_with_it(server, fresh_seed: int):
 def test_what_does_not_go_together_is_refused(server, inputs, message):
     with pytest.raises(NodeError, match=message):
         server.client.run(server.graph(ArkSageCombustion=inputs, **SMALL), timeout=60)
+
+
+def test_fp8_copies_take_the_place_of_the_weights_until_the_host_needs_them(found):
+    states = found["released"]
+    assert all(same for same, *_ in states.values())
+    with_fp8 = {name: rest for name, (_, *rest) in states.items() if rest[0]}
+    assert with_fp8.keys() == {
+        "fp8", "fp8_again", "fp8_after_host", "lora", "lora_removed", "after_that", "reloaded"
+    }  # fmt: skip
+    for name, (released, on_device, in_flat_buffer) in with_fp8.items():
+        assert released == 20 - (name == "lora")  # what a LoRA has changed stays
+        assert released + on_device == 41 and in_flat_buffer == 0
+    assert found["made_once"] and found["no_forward_left"]
+
+
+def test_the_engine_is_warmed_up_once(found):
+    assert found["warmed"] == ["fused engine"] and found["warm_up_warnings"] == []

@@ -41,6 +41,7 @@ class Runner:
         precision: of the blocks' matrices, one of PRECISIONS; "bf16" takes them as they are.
 
     Attributes:
+        device: as given.
         precision: as given.
         operations: see `reference.py`; in Triton where that runs.
         how: a sentence about them.
@@ -57,7 +58,7 @@ class Runner:
         hardware = probe_hardware(device)
         if precision == "fp8" and (0, 0) < hardware.compute_capability < (8, 9):
             raise InputError(f"{hardware.name} has no fp8 arithmetic.", "Set precision to bf16.")
-        self.precision, self.reasons = precision, set()
+        self.device, self.precision, self.reasons = device, precision, set()
         self.operations, self.how = _operations(device)
         self.graphs = Graphs()
         if device.type == "cuda" and torch.cuda.get_allocator_backend() == "cudaMallocAsync":

@@ -53,7 +53,7 @@ def judge_all(folder: Path) -> None:
     asked = scenes.sample_scenes(found["captions"], 1, held_out=True)
 
     def share(mode: str) -> float:
-        files = sorted((folder / mode).glob("*.png"))
+        files = sorted((folder / mode).glob("*.webp"))
         right = [all(judge(numpy.asarray(Image.open(file)), scene).values()) for file, (scene, _) in zip(files, asked, strict=True)]  # fmt: skip
         return sum(right) / len(right)
 
@@ -69,7 +69,7 @@ def judge_all(folder: Path) -> None:
 
 
 def render(comfyui: Path, count: int, folder: Path) -> None:
-    """Draw every caption in every mode: `folder/<mode>/<number>.png`, and `folder/found.json`."""
+    """Draw every caption in every mode: `folder/<mode>/<number>.webp`, and `folder/found.json`."""
     known = import_host(comfyui)
     import torch
 
@@ -122,7 +122,7 @@ def _draw(count: int, folder: Path) -> dict:
         pictures = torch.cat([vae.decode(part).cpu() for part in found[mode].split(BATCH)])
         for number, picture in enumerate(pictures):
             pixels = numpy.asarray(picture * 255 + 0.5).astype("uint8")
-            Image.fromarray(pixels).save(folder / mode / f"{number:04}.png")
+            Image.fromarray(pixels).save(folder / mode / f"{number:04}.webp", lossless=True)
         print(mode, flush=True)
     return found
 

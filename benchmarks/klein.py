@@ -57,8 +57,10 @@ def four_steps(model, width: int, size: int, seed: int = 0, batch: int = 1, refe
 
 def in_fp32(model):  # noqa: ANN001, ANN201
     """The host's own model with all its weights in fp32; the last thing that is done with it."""
+    import comfy.model_management
     import torch
 
+    comfy.model_management.unload_all_models()  # whatever it has on the device
     flux = model.model.diffusion_model.float()
     flux.dtype, model.model.manual_cast_dtype = torch.float32, torch.float32
     return model

@@ -174,10 +174,18 @@ class Engine:
             self.weights_changed()  # they may have been written in place
             self._patches = patches
         ids = torch.cat((txt_ids[0], img_ids[0]))  # the same for each picture
-        return self.runner.run(self._record(flux, img), img, txt, ids, timesteps, kernel)
+        return self.runner.run(self.record(flux, img), img, txt, ids, timesteps, kernel)
 
-    def _record(self, flux: Any, like: torch.Tensor) -> Weights:
-        """The weights; what fp8 copies were made of leaves the device, where the host's loader is Ark's."""
+    def record(self, flux: Any, like: torch.Tensor) -> Weights:
+        """The weights; what fp8 copies were made of leaves the device, if Ark loaded the model.
+
+        Args:
+            flux: the host's module.
+            like: has the dtype to compute in, and the device.
+
+        Raises:
+            Unknown: something of them is not what the step knows.
+        """
         if self._made is not None and self._made.img_in.weight.dtype == like.dtype:
             return self._made
         self.bring_back()

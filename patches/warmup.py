@@ -40,6 +40,11 @@ def warm_up(part: str, shape: Hashable, device: torch.device, run: Callable[[], 
     _queue.submit(_run_once, part, device, run)
 
 
+def settle() -> None:
+    """Wait until nothing runs in the background any more."""
+    _queue.submit(int).result()
+
+
 def unset(weights: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     """Tensors of the same shapes and dtypes on a device, their values whatever lies in its memory."""
     return {key: torch.empty_like(tensor, device=device) for key, tensor in weights.items()}

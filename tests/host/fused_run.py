@@ -177,7 +177,7 @@ with torch.inference_mode():
     messages.buffer.clear()
     for _ in range(2):
         set_fused(sent, "fp8")
-        warmup._queue.submit(int).result()
+        warmup.settle()
     found["warmed"] = sorted(part for part, *_ in warmup._seen)
     found["warm_up_warnings"] = [
         r.getMessage() for r in messages.buffer if "warmed" in r.getMessage()

@@ -259,7 +259,7 @@ with torch.inference_mode():
         load_text_encoder(embedded_text_encoder(), ahead=False)
         load_transformer(KLEIN, ahead=False)
         load_vae(VAE, ahead=False)
-        warmup._queue.submit(int).result()
+        warmup.settle()
         found["warmed"] = [*found.get("warmed", []), sorted(part for part, *_ in warmup._seen)]
     found["warm_up_warnings"] = [
         record.getMessage() for record in warnings.buffer if record.levelno >= logging.WARNING

@@ -146,6 +146,11 @@ def test_paths_are_ranked_by_what_was_measured(file, monkeypatch):
     remember_rate(CPU, WARM, "stream", 10**10, 0.1)
     assert known_rates(CPU, WARM)["stream"] == 52.5e9  # the mean with what was known
     assert order(WARM) == ["stream", "mmap_pin"]
+    remember_rate(CPU, WARM, "mmap_pin", 10**11, 1.0)  # 55 GB/s in the mean
+    remember_rate(CPU, WARM, "stream", 95 * 10**9, 1.0)  # 73.75: faster, but once only
+    assert order(WARM) == ["mmap_pin", "stream"]
+    remember_rate(CPU, WARM, "stream", 10**12, 1.0)
+    assert order(WARM) == ["stream", "mmap_pin"]
     mapping = mmap_pin.PinnedMapping(model)
     mapping.windows.add(0)  # as if pinned
     monkeypatch.setitem(mmap_pin._pinned, model.identity, mapping)

@@ -122,7 +122,9 @@ def _draw(count: int, folder: Path) -> dict:
         pictures = torch.cat([vae.decode(part).cpu() for part in found[mode].split(BATCH)])
         for number, picture in enumerate(pictures):
             pixels = numpy.asarray(picture * 255 + 0.5).astype("uint8")
-            Image.fromarray(pixels).save(folder / mode / f"{number:04}.webp", lossless=True, quality=0, method=0)
+            Image.fromarray(pixels).save(
+                folder / mode / f"{number:04}.webp", lossless=True, quality=0, method=0
+            )
         print(mode, flush=True)
     return found
 

@@ -12,6 +12,7 @@ import inspect
 import logging
 from typing import Any
 
+import comfy.model_management
 import torch
 
 from ..toolkit.errors import InputError
@@ -106,9 +107,16 @@ class Engine:
     def forward(self, flux: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the host's `forward_orig`."""
         own = type(flux).forward_orig
+        given = dict(inspect.signature(own).bind(flux, *args, **kwargs).arguments)
+        given.pop("self")
         try:
-            given = inspect.signature(own).bind(flux, *args, **kwargs).arguments
-            return self._denoise(flux, **{k: v for k, v in given.items() if k != "self"})
+            try:
+                return self._denoise(flux, **given)
+            except torch.cuda.OutOfMemoryError as error:  # the host hears of it if it comes again
+                log.warning("Ark fused: out of memory (%s). The step is run again without its recordings.", str(error).splitlines()[0])  # fmt: skip
+            self.runner.graphs.clear()
+            comfy.model_management.soft_empty_cache()
+            return self._denoise(flux, **given)
         except Unknown as unknown:
             if str(unknown) not in self.runner.reasons:
                 self.runner.reasons.add(str(unknown))

@@ -110,6 +110,28 @@ with torch.inference_mode():
         r.getMessage() for r in messages.buffer if "not finite. The run" in r.getMessage()
     ]
 
+    # memory that runs out once costs a step, twice the prompt
+    short = []
+
+    def out_of_memory(q, k, v):
+        if short:
+            short.pop()
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return KERNELS["math"].attend(q, k, v)
+
+    KERNELS["short"] = AttentionKernel("short", (torch.float32,), out_of_memory, lambda hw: None)
+    narrow, _ = set_fused(set_attention(model, "short")[0])
+    messages.buffer.clear()
+    short.append(1)
+    found["errors"]["out_of_memory_once"] = difference(sample(narrow), expected)
+    found["memory_told"] = [r.getMessage() for r in messages.buffer if "memory" in r.getMessage()]
+    short += [1, 1]
+    try:
+        sample(narrow)
+    except torch.cuda.OutOfMemoryError:
+        found["out_of_memory_twice"] = "told to the host"
+    found["errors"]["after_that"] = difference(sample(narrow), expected)
+
     # fp8
     low, _ = set_fused(model, "fp8")
     first = sample(low)

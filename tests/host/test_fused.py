@@ -23,7 +23,7 @@ def found(comfyui, run_in_host, tmp_path_factory) -> dict:
 
 def test_it_computes_what_the_host_does(found):
     assert found["reasons"] == []  # nothing went to the host's own forward
-    assert len(found["errors"]) == 10 and max(found["errors"].values()) < LIMIT
+    assert len(found["errors"]) == 12 and max(found["errors"].values()) < LIMIT
     assert found["lora_matters"] > 100 * LIMIT
 
 
@@ -84,6 +84,11 @@ def test_the_node_renders_with_it(server, fresh_seed: int):
 def test_what_does_not_go_together_is_refused(server, inputs, message):
     with pytest.raises(NodeError, match=message):
         server.client.run(server.graph(ArkSageCombustion=inputs, **SMALL), timeout=60)
+
+
+def test_memory_that_runs_out_once_costs_a_step_and_twice_the_prompt(found):
+    assert len(found["memory_told"]) == 1 and "run again" in found["memory_told"][0]
+    assert found["out_of_memory_twice"] == "told to the host"
 
 
 def test_fp8_copies_take_the_place_of_the_weights_until_the_host_needs_them(found):

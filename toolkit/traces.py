@@ -1,0 +1,376 @@
+"""What torch.compile found out about a call, kept so that a later process neither traces nor compiles it again.
+
+Tracing the code of two blocks takes longer than their first image. A trace holds the compiled graph, where in the call its
+inputs are, and what torch guards: each place in the arguments and in the code's modules that it looked at, with what was
+there. All of that is looked at again before each use, so a trace serves the calls that torch itself would serve.
+"""
+
+from __future__ import annotations
+
+import builtins
+import enum
+import functools
+import hashlib
+import pickle
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)  # fmt: skip
+EXACT = (
+    "SHAPE_ENV",
+    "HASATTR",
+    "DICT_CONTAINS",
+    "DICT_NOT_CONTAINS",
+    "DUPLICATE_INPUT",
+)  # guards whose own words count
+TORCH = str(Path(torch.__file__).parent)
+
+
+class Unkept(Exception):
+    """A call cannot be kept; says why."""
+
+
+def available() -> bool:
+    """Whether this torch can write a compiled graph to disk: 2.9 and later."""
+    try:
+        from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable  # noqa: F401
+        from torch._functorch import config
+    except ImportError:
+        return False
+    return hasattr(config, "bundled_autograd_cache") and hasattr(_state_guard(), "__setstate__")
+
+
+@dataclass
+class Trace:
+    """One compiled graph and when it may be used; what is written to disk.
+
+    Attributes:
+        function: module and name of what was compiled.
+        tensors: place -> (dimensions that may have any length, what is known of the tensor there).
+        facts: place -> what was there, see `fact`.
+        conditions: on the lengths and on what is absent, as Python.
+        inputs: the places of the graph's inputs, in order.
+        result: the numbers of the outputs that the call returns, one alone or several.
+        state: torch's own (grad mode, autocast, default dtype ...), in its words.
+        files: path -> digest, of the code that was traced.
+        graph: as torch writes it.
+    """
+
+    function: str
+    tensors: dict[str, tuple[tuple[int, ...], tuple]]
+    facts: dict[str, Any]
+    conditions: list[str]
+    inputs: list[str]
+    result: int | tuple[int, ...]
+    state: str
+    files: dict[str, str]
+    graph: bytes = field(repr=False)
+
+    def write(self, path: Path) -> None:
+        """Write to a file, or leave it as it was."""
+        body = pickle.dumps(vars(self))
+        draft = path.with_suffix(".draft")
+        draft.write_bytes(hashlib.sha256(body).digest() + body)
+        draft.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Trace:
+        """Read a file of the user's own cache folder; only there is unpickling safe.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        data = path.read_bytes()
+        if hashlib.sha256(data[32:]).digest() != data[:32]:
+            raise ValueError(f"{path} is damaged")
+        return cls(**pickle.loads(data[32:]))
+
+    def stale(self) -> str:
+        """Which file of the code is not as it was; empty if none."""
+        return next(
+            (path for path, digest in self.files.items() if file_digest(path) != digest), ""
+        )
+
+
+class Ready:
+    """A trace in use.
+
+    Args:
+        trace: of a function whose module is imported.
+
+    Attributes:
+        used: whether it ran.
+    """
+
+    def __init__(self, trace: Trace):
+        from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
+
+        self.trace = trace
+        self.used = False
+        self._look = Look(trace, vars(sys.modules[trace.function.rpartition(".")[0]]))
+        self._graph = BundledAOTAutogradSerializableCallable.deserialize_compile_artifacts(trace.graph)  # fmt: skip
+
+    def why_not(self, call: dict[str, Any]) -> str:
+        """What differs from the call that was traced; empty if nothing does."""
+        return self._look.why_not(call)
+
+    def __call__(self, call: dict[str, Any]) -> Any:
+        """Run with the arguments of a call, by their names."""
+        out = self._graph(*self._look.inputs(call))
+        self.used = True
+        result = self.trace.result
+        return out[result] if isinstance(result, int) else tuple(out[i] for i in result)
+
+
+class Look:
+    """The places of a trace as code.
+
+    Args:
+        trace: the trace.
+        names: the globals of the function.
+    """
+
+    def __init__(self, trace: Trace, names: Mapping[str, Any]):
+        scope = {"G": Globals(names), "torch": torch, "___dict_contains": lambda key, d: key in d}
+        self.inputs = _tuple_of(trace.inputs, scope)
+        self._tensors = _tuple_of(trace.tensors, scope)
+        self._facts = _tuple_of(trace.facts, scope)
+        self._conditions = _tuple_of(trace.conditions, scope)
+        self._state = _state_guard()
+        self._state.__setstate__(trace.state)
+        self._free = [free for free, _ in trace.tensors.values()]
+        self._known = [known for _, known in trace.tensors.values()]
+        self._expected = list(trace.facts.values())
+        self._trace = trace
+
+    def why_not(self, call: dict[str, Any]) -> str:
+        """What differs from the call that was traced; empty if nothing does."""
+        if not self._state.check() or torch._C._len_torch_function_stack():
+            return "torch's state"
+        try:
+            known = list(map(tensor_fact, self._tensors(call), self._free))
+            if known != self._known:
+                return _first_difference(self._trace.tensors, self._known, known)
+            found = list(map(fact, self._facts(call)))
+            if found != self._expected:
+                return _first_difference(self._trace.facts, self._expected, found)
+            held = self._conditions(call)
+        except (AttributeError, LookupError, TypeError) as error:  # nothing is at one of the places
+            return f"{type(error).__name__} {error}"
+        return "" if all(held) else self._trace.conditions[list(map(bool, held)).index(False)]
+
+
+class Draft:
+    """Collects a trace while torch compiles a call for the first time."""
+
+    def __init__(self):
+        self._open = True
+        self._graphs: list[tuple[list[str], Callable]] = []
+        self._guards: list[Any] = []
+        self._files: set[str] = set()
+        self._outputs: Sequence[Any] = ()
+
+    def compiled(self, graph: torch.fx.GraphModule, run: Callable) -> Callable:
+        """Note what the backend made of a graph; returns what torch shall call."""
+        nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        sources = [getattr(node.meta.get("grapharg"), "source", None) for node in nodes]
+        names = [source.name if source else "" for source in sources]
+        self._graphs.append(([name() if callable(name) else name for name in names], run))
+        traced = torch._guards.TracingContext.get_traced_code() or []
+        self._files |= {code.co_filename for code in traced}
+
+        def noted(*inputs: Any) -> Any:
+            out = run(*inputs)
+            if self._open:
+                self._outputs = out
+            return out
+
+        return noted
+
+    def guarded(self, guards: Sequence[Any]) -> list[bool]:
+        """Note torch's guards, and keep them all: a guard_filter_fn of torch.compile."""
+        self._guards += guards
+        return [True] * len(guards)
+
+    def finish(self, function: Callable, call: dict[str, Any], result: Any, state: str) -> Trace:
+        """The trace of the call that has just run.
+
+        Raises:
+            Unkept: it cannot be kept.
+        """
+        outputs, self._outputs, self._open = self._outputs, (), False
+        if len(self._graphs) != 1 or not self._guards:
+            raise Unkept(f"{len(self._graphs)} graphs for one call")
+        inputs, run = self._graphs[0]
+        if not all(inputs) or getattr(run, "serialize", None) is None:
+            raise Unkept("torch cannot write this graph")
+        several = result if isinstance(result, tuple) else (result,)
+        numbers = [next((i for i, o in enumerate(outputs) if o is r), None) for r in several]
+        if None in numbers:
+            raise Unkept("it returns more than the graph does")
+        tensors, facts, conditions = self._sort(function, call)
+        files = {path: file_digest(path) for path in sorted(self._files) if not path.startswith((TORCH, "<"))}  # fmt: skip
+        trace = Trace(
+            name_of(function),
+            tensors,
+            facts,
+            conditions,
+            inputs,
+            tuple(numbers) if isinstance(result, tuple) else numbers[0],
+            state,
+            files,
+            _written(run),
+        )
+        if why_not := Look(trace, function.__globals__).why_not(call):
+            raise Unkept(f"it does not hold for its own call: {why_not}")
+        return trace
+
+    def _sort(self, function: Callable, call: dict[str, Any]) -> tuple[dict, dict, list[str]]:
+        """Tensors, facts and conditions from the guards."""
+        scope = {"G": Globals(function.__globals__), "torch": torch}
+        tensors, facts, conditions = {}, {}, {}
+        for guard in self._guards:
+            own = guard.orig_guard
+            if guard.guard_type in EXACT:
+                words = own.code_list or ()
+                # what torch made unique by itself (one module under two names) needs no look
+                conditions |= dict.fromkeys(w for w in words if guard.guard_type != "DUPLICATE_INPUT" or "L[" in w)  # fmt: skip
+            place = own.name() if callable(own.name) else own.name
+            if not place or place in tensors or place in facts:
+                continue
+            try:
+                value = _tuple_of([place], scope)(call)[0]
+            except (AttributeError, LookupError, NameError, TypeError) as error:
+                raise Unkept(f"{place}: {type(error).__name__} {error}") from error
+            if isinstance(value, torch.Tensor):
+                free = tuple(sorted(getattr(value, "_dynamo_weak_dynamic_indices", ())))
+                tensors[place] = free, tensor_fact(value, free)
+            else:
+                facts[place] = fact(value)
+        return tensors, facts, list(conditions)
+
+
+class Globals:
+    """The globals of a function, and the names under which torch's guards know modules."""
+
+    def __init__(self, names: Mapping[str, Any]):
+        self._names = names
+
+    def __getitem__(self, name: str) -> Any:
+        """A global, a module that is imported already, or the builtins."""
+        if name in self._names:
+            return self._names[name]
+        if name.startswith("__builtins_dict__"):
+            return vars(builtins)
+        if name.startswith("__import_"):
+            return sys.modules[name.removeprefix("__import_").replace("_dot_", ".")]
+        raise KeyError(name)
+
+
+def tensor_fact(tensor: torch.Tensor, free: tuple[int, ...]) -> tuple:
+    """What compiled code depends on of a tensor: not its values, and not its length in some dimensions."""
+    if not isinstance(tensor, torch.Tensor):
+        return (fact(tensor),)
+    kind = type(tensor)
+    shape = [-1 if i in free else n for i, n in enumerate(tensor.shape)]
+    # strides before a free dimension depend on its length; torch's own conditions say how
+    known = (kind.__qualname__, tensor.dtype, tensor.device, tensor.requires_grad, *shape, tensor.stride()[free[0] if free else 0 :])  # fmt: skip
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return known
+    names, rest = tensor.__tensor_flatten__()
+    return (*known, repr(rest), *(tensor_fact(getattr(tensor, name), ()) for name in names))
+
+
+def fact(value: Any) -> Any:
+    """What compiled code depends on of anything else: comparable, and the same in each process."""
+    kind = type(value)
+    if kind in PLAIN:
+        return kind.__name__, value
+    if isinstance(value, torch.nn.Module):
+        return _class_fact(kind), *sorted(vars(value).keys() & _attributes(kind))
+    if isinstance(value, dict):
+        return kind.__name__, *(key if isinstance(key, str) else type(key).__name__ for key in value)  # fmt: skip
+    if isinstance(value, (list, tuple)):
+        return kind.__name__, len(value)
+    if kind is types.MethodType:
+        value = value.__func__
+    if isinstance(value, types.FunctionType):
+        return _place(value)
+    if isinstance(value, type):
+        return _class_fact(value)
+    if isinstance(value, torch.Tensor):
+        return "tensor"
+    name = value.name if isinstance(value, enum.Enum) else getattr(value, "__name__", None)
+    return _class_fact(kind), name if isinstance(name, str) else None
+
+
+def name_of(function: Callable) -> str:
+    """Module and name."""
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def state() -> str:
+    """Torch's own state, as a trace keeps it."""
+    return _state_guard().__getstate__()
+
+
+def file_digest(path: str) -> str:
+    """Of a file's bytes; empty if it cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def _place(function: types.FunctionType) -> tuple:
+    code = function.__code__
+    return function.__qualname__, code.co_filename, code.co_firstlineno
+
+
+@functools.lru_cache
+def _class_fact(kind: type) -> str:
+    """A class and where its methods were written, so that one that was replaced is seen."""
+    methods = [
+        (name, _place(value))
+        for base in kind.__mro__
+        if not base.__module__.startswith("torch.")
+        for name, value in vars(base).items()
+        if isinstance(value, types.FunctionType)
+    ]
+    digest = hashlib.sha256(repr(methods).encode()).hexdigest()[:16]
+    return f"{kind.__module__}.{kind.__qualname__} {digest}"
+
+
+@functools.lru_cache
+def _attributes(kind: type) -> frozenset[str]:
+    """What an instance may hide of its class."""
+    return frozenset(dir(kind))
+
+
+def _tuple_of(places: Any, scope: dict[str, Any]) -> Callable[[dict], tuple]:
+    return eval(f"lambda L: ({''.join(f'{place},' for place in places)})", dict(scope))
+
+
+def _first_difference(places: Any, expected: list, found: list) -> str:
+    differing = (
+        (place, was, now)
+        for place, was, now in zip(places, expected, found, strict=True)
+        if was != now
+    )
+    return "{}: {} was {}".format(*next((p, now, was) for p, was, now in differing))
+
+
+def _state_guard() -> Any:
+    return torch._C._dynamo.guards.GlobalStateGuard()
+
+
+def _written(run: Callable) -> bytes:
+    from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Written
+
+    return Written.serialize_compile_artifacts(Written(run))

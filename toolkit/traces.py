@@ -246,7 +246,13 @@ class Draft:
                 continue
             try:
                 value = _tuple_of([place], scope)(call)[0]
-            except (AttributeError, LookupError, NameError, TypeError) as error:
+            except AttributeError as error:
+                if guard.guard_type != "HASATTR":
+                    raise Unkept(f"{place}: {error}") from error
+                of, _, name = place.rpartition(".")
+                conditions[f"not hasattr({of}, {name!r})"] = None
+                continue
+            except (LookupError, NameError, TypeError) as error:
                 raise Unkept(f"{place}: {type(error).__name__} {error}") from error
             if isinstance(value, torch.Tensor):
                 free = tuple(sorted(getattr(value, "_dynamo_weak_dynamic_indices", ())))

@@ -11,6 +11,7 @@ import builtins
 import enum
 import functools
 import hashlib
+import operator
 import pickle
 import sys
 import types
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)  # fmt: skip
+CODE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, type)
 EXACT = (
     "SHAPE_ENV",
     "HASATTR",
@@ -129,41 +131,64 @@ class Ready:
 
 
 class Look:
-    """The places of a trace as code.
+    """The places of a trace as code, so that a look at hundreds of them costs less than a kernel's launch.
 
     Args:
         trace: the trace.
         names: the globals of the function.
+
+    Attributes:
+        inputs: the graph's inputs in a call.
     """
 
     def __init__(self, trace: Trace, names: Mapping[str, Any]):
         scope = {"G": Globals(names), "torch": torch, "___dict_contains": lambda key, d: key in d}
-        self.inputs = _tuple_of(trace.inputs, scope)
-        self._tensors = _tuple_of(trace.tensors, scope)
-        self._facts = _tuple_of(trace.facts, scope)
-        self._conditions = _tuple_of(trace.conditions, scope)
+        kinds: dict[str, list[str]] = {kind: [] for kind in ("value", "empty", "code", "other")}
+        for place, known in trace.facts.items():
+            kinds[known[0]].append(place)
+        self._trace = trace
+        self.inputs, self._tensors, self._facts, self._conditions, self._values, self._code, self._others = (
+            _tuple_of(places, scope)
+            for places in (trace.inputs, trace.tensors, trace.facts, trace.conditions, *(kinds[k] for k in ("value", "code", "other")))
+        )  # fmt: skip
+        self._filled = eval(f"lambda L: {' or '.join(kinds['empty']) or None}", dict(scope))
         self._state = _state_guard()
         self._state.__setstate__(trace.state)
         self._free = [free for free, _ in trace.tensors.values()]
-        self._known = [known for _, known in trace.tensors.values()]
-        self._expected = list(trace.facts.values())
-        self._trace = trace
+        self._known_tensors = [known for _, known in trace.tensors.values()]
+        self._known_values = tuple(trace.facts[place][1] for place in kinds["value"])
+        self._types = tuple(map(type, self._known_values))
+        self._known_others = [trace.facts[place] for place in kinds["other"]]
+        self._same_code: tuple = (None,) * len(kinds["code"])  # what was looked at closely
 
     def why_not(self, call: dict[str, Any]) -> str:
         """What differs from the call that was traced; empty if nothing does."""
         if not self._state.check() or torch._C._len_torch_function_stack():
             return "torch's state"
         try:
-            known = list(map(tensor_fact, self._tensors(call), self._free))
-            if known != self._known:
-                return _first_difference(self._trace.tensors, self._known, known)
-            found = list(map(fact, self._facts(call)))
-            if found != self._expected:
-                return _first_difference(self._trace.facts, self._expected, found)
+            tensors = list(map(tensor_fact, self._tensors(call), self._free))
+            if tensors != self._known_tensors:
+                return _first_difference(self._trace.tensors, self._known_tensors, tensors)
+            if not self._as_before(call):
+                found = list(map(fact, self._facts(call)))
+                if found != (known := list(self._trace.facts.values())):
+                    return _first_difference(self._trace.facts, known, found)
+                self._same_code = self._code(call)
             held = self._conditions(call)
         except (AttributeError, LookupError, TypeError) as error:  # nothing is at one of the places
             return f"{type(error).__name__} {error}"
         return "" if all(held) else self._trace.conditions[list(map(bool, held)).index(False)]
+
+    def _as_before(self, call: dict[str, Any]) -> bool:
+        """Whether all facts are surely as they were; quick."""
+        values = self._values(call)
+        return (
+            values == self._known_values
+            and tuple(map(type, values)) == self._types
+            and not self._filled(call)
+            and all(map(operator.is_, self._code(call), self._same_code))
+            and list(map(fact, self._others(call))) == self._known_others
+        )
 
 
 class Draft:
@@ -293,27 +318,29 @@ def tensor_fact(tensor: torch.Tensor, free: tuple[int, ...]) -> tuple:
     return (*known, repr(rest), *(tensor_fact(getattr(tensor, name), ()) for name in names))
 
 
-def fact(value: Any) -> Any:
-    """What compiled code depends on of anything else: comparable, and the same in each process."""
+def fact(value: Any) -> tuple:
+    """What compiled code depends on of anything else: comparable, and the same in each process.
+
+    Returns:
+        First its kind: "value", "empty" (a container), "code" (what lives as long as its module), or "other".
+    """
     kind = type(value)
     if kind in PLAIN:
-        return kind.__name__, value
+        return "value", value, kind.__name__
+    if isinstance(value, (dict, list, tuple)):
+        if not value:
+            return "empty", kind.__name__
+        keys = [key if isinstance(key, str) else "" for key in value] if isinstance(value, dict) else [len(value)]  # fmt: skip
+        return "other", kind.__name__, *keys
     if isinstance(value, torch.nn.Module):
-        return _class_fact(kind), *sorted(vars(value).keys() & _attributes(kind))
-    if isinstance(value, dict):
-        return kind.__name__, *(key if isinstance(key, str) else type(key).__name__ for key in value)  # fmt: skip
-    if isinstance(value, (list, tuple)):
-        return kind.__name__, len(value)
-    if kind is types.MethodType:
-        value = value.__func__
-    if isinstance(value, types.FunctionType):
-        return _place(value)
-    if isinstance(value, type):
-        return _class_fact(value)
-    if isinstance(value, torch.Tensor):
-        return "tensor"
+        return "other", _class_fact(kind), *sorted(vars(value).keys() & _attributes(kind))
+    if isinstance(value, CODE):
+        function = getattr(value, "__func__", value)
+        if isinstance(function, types.FunctionType):
+            return "code", *_place(function)
+        return "code", _class_fact(value) if isinstance(value, type) else _class_fact(kind), value.__name__  # fmt: skip
     name = value.name if isinstance(value, enum.Enum) else getattr(value, "__name__", None)
-    return _class_fact(kind), name if isinstance(name, str) else None
+    return "other", _class_fact(kind), name if isinstance(name, str) else None
 
 
 def name_of(function: Callable) -> str:

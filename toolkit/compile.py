@@ -10,6 +10,7 @@ import functools
 import hashlib
 import inspect
 import logging
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -136,7 +137,8 @@ class Compiler:
             for file in sorted(self.cache.glob("*.trace")) if self.keeps_traces else ():
                 self._read_trace(file)
         except Exception as error:  # torch's own way remains
-            log.warning("Ark compile: %s is not used (%s: %s).", self.cache, type(error).__name__, error)  # fmt: skip
+            if threading.main_thread().is_alive():  # else the process ends before anyone compiled
+                log.warning("Ark compile: %s is not used (%s: %s).", self.cache, type(error).__name__, error)  # fmt: skip
 
     def _read_trace(self, file: Path) -> None:
         try:
@@ -196,13 +198,19 @@ class Compiled:
             self._traced = torch.compile(self._function, backend=self._backend, options=options)
         graphs, state = self._compiler.graphs, traces.state()
         self._draft = draft = traces.Draft()
-        result = self._traced(*args, **kwargs)
-        if self._compiler.graphs > graphs:
-            try:
-                self._compiler.add(draft.finish(self._function, call, result, state))
-            except traces.Unkept as why:
-                log.info("Ark compile: the next process traces %s again (%s).", self._function.__name__, why)  # fmt: skip
+        try:
+            result = self._traced(*args, **kwargs)
+            if self._compiler.graphs > graphs:
+                self._keep(draft, call, result, state)
+        finally:
+            draft.close()
         return result
+
+    def _keep(self, draft: traces.Draft, call: dict[str, Any], result: Any, state: str) -> None:
+        try:
+            self._compiler.add(draft.finish(self._function, call, result, state))
+        except Exception as why:  # whatever torch raises where it cannot write; the result is there
+            log.info("Ark compile: the next process traces %s again (%s: %s).", self._function.__name__, type(why).__name__, why)  # fmt: skip
 
     def _backend(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
         with torch._functorch.config.patch(bundled_autograd_cache=True):

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)  # fmt: skip
-CODE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, type)
+CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
 EXACT = (
     "SHAPE_ENV",
     "HASATTR",
@@ -229,7 +229,7 @@ class Draft:
         Raises:
             Unkept: it cannot be kept.
         """
-        outputs, self._outputs, self._open = self._outputs, (), False
+        outputs = self._outputs
         if len(self._graphs) != 1 or not self._guards:
             raise Unkept(f"{len(self._graphs)} graphs for one call")
         inputs, run = self._graphs[0]
@@ -255,6 +255,10 @@ class Draft:
         if why_not := Look(trace, function.__globals__).why_not(call):
             raise Unkept(f"it does not hold for its own call: {why_not}")
         return trace
+
+    def close(self) -> None:
+        """Let go of all that was collected: guards hold weights, and what torch calls holds this."""
+        self._open, self._graphs, self._guards, self._outputs = False, [], [], ()
 
     def _sort(self, function: Callable, call: dict[str, Any]) -> tuple[dict, dict, list[str]]:
         """Tensors, facts and conditions from the guards."""
@@ -334,10 +338,11 @@ def fact(value: Any) -> tuple:
         return "other", kind.__name__, *keys
     if isinstance(value, torch.nn.Module):
         return "other", _class_fact(kind), *sorted(vars(value).keys() & _attributes(kind))
+    if kind is types.MethodType:  # made anew at each look
+        return "other", *fact(value.__func__)
     if isinstance(value, CODE):
-        function = getattr(value, "__func__", value)
-        if isinstance(function, types.FunctionType):
-            return "code", *_place(function)
+        if kind is types.FunctionType:
+            return "code", *_place(value)
         return "code", _class_fact(value) if isinstance(value, type) else _class_fact(kind), value.__name__  # fmt: skip
     name = value.name if isinstance(value, enum.Enum) else getattr(value, "__name__", None)
     return "other", _class_fact(kind), name if isinstance(name, str) else None

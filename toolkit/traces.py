@@ -263,7 +263,7 @@ class Draft:
     def _sort(self, function: Callable, call: dict[str, Any]) -> tuple[dict, dict, list[str]]:
         """Tensors, facts and conditions from the guards."""
         scope = {"G": Globals(function.__globals__), "torch": torch}
-        tensors, facts, conditions = {}, {}, {}
+        tensors, facts, conditions, nested = {}, {}, {}, []
         for guard in self._guards:
             own = guard.orig_guard
             if guard.guard_type in EXACT:
@@ -286,8 +286,12 @@ class Draft:
             if isinstance(value, torch.Tensor):
                 free = tuple(sorted(getattr(value, "_dynamo_weak_dynamic_indices", ())))
                 tensors[place] = free, tensor_fact(value, free)
+                nested += [f"{place}."] * hasattr(value, "__tensor_flatten__")
             else:
                 facts[place] = fact(value)
+        # what is known of a quantised weight says all about its parts, some of which are made when it is looked at
+        parts = tuple(nested)
+        tensors, facts = ({k: v for k, v in of.items() if not k.startswith(parts)} for of in (tensors, facts))  # fmt: skip
         return tensors, facts, list(conditions)
 
 

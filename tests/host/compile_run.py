@@ -71,6 +71,12 @@ with torch.inference_mode():
         blocks.forward = blocks.forward  # as a node does that puts its own there
         found["replaced"] = [difference(sample(compiled), expected), compiler.graphs]
         del blocks.forward
+        quantised, _ = load_transformer(write_fp8(out.with_name("fp8.safetensors")))
+        try:
+            fast, _, again = set_compile(set_attention(quantised, "math")[0], "default")
+            found["fp8"] = [difference(sample(fast), sample(quantised)), again.graphs, again.found]
+        except InputError:
+            pass
         out.write_text(json.dumps(found))
         sys.exit()
     again, _, same = set_compile(set_attention(model, "math")[0], "default")

@@ -76,6 +76,7 @@ def test_fp8_weights_compile_or_are_refused(found):
     if "fp8" in found:
         first, reloaded, graphs = found["fp8"]
         assert first < LIMIT and reloaded < LIMIT and graphs == 2
+        assert found["second"]["fp8"] == [pytest.approx(0, abs=LIMIT), 0, 2]
     else:
         assert "Update ComfyUI" in found["fp8_refused"]
 

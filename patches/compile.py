@@ -130,7 +130,7 @@ class CompiledBlock(torch.nn.Module):
         super().__init__()
         self.block = block
         self.recorded = compiler.mode == "reduce-overhead"
-        self.run = compiler(_double if hasattr(block, "img_attn") else _single)
+        self.run = compiler(_double if hasattr(block, "img_attn") else _single, _mark_lengths)
 
     def forward(self, *args: Any, transformer_options: dict | None = None, **kwargs: Any) -> Any:
         """As the host's block."""
@@ -138,11 +138,6 @@ class CompiledBlock(torch.nn.Module):
         if any(name in options.get("patches", {}) for name in EAGER_PATCHES):
             return self.block(*args, transformer_options=options, **kwargs)
         lean = {OVERRIDE: options[OVERRIDE]} if OVERRIDE in options else {}
-        # x, img, txt: [B, seq_len, hidden_size]; pe: [1, 1, seq_len, head_dim / 2, 2, 2]
-        for tensor in (*args, kwargs.get("img"), kwargs.get("txt")):
-            if isinstance(tensor, torch.Tensor) and tensor.ndim == 3:
-                any_length(tensor, 1)
-        any_length(kwargs["pe"], 2)
         result = self.run(self.block, *args, transformer_options=lean, **kwargs)
         if self.recorded:  # the next block's recording may write where this result lies
             return (
@@ -151,6 +146,14 @@ class CompiledBlock(torch.nn.Module):
                 else tuple(x.clone() for x in result)
             )
         return result
+
+
+def _mark_lengths(block: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+    # x, img, txt: [B, seq_len, hidden_size]; pe: [1, 1, seq_len, head_dim / 2, 2, 2]
+    for tensor in (*args, kwargs.get("img"), kwargs.get("txt")):
+        if isinstance(tensor, torch.Tensor) and tensor.ndim == 3:
+            any_length(tensor, 1)
+    any_length(kwargs["pe"], 2)
 
 
 def _double(block, img, txt, *args, **kwargs):

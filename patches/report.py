@@ -58,7 +58,7 @@ def report_on(model: Any, size: tuple[int, int], compare: bool) -> Report:
     if compiler:
         lines.append(
             f"compile: {compiler.mode}, {compiler.graphs} graphs in {compiler.seconds:.1f} s, "
-            f"{compiler.graphs - before} of them now"
+            f"{compiler.graphs - before} of them now, {compiler.found} more from an earlier process"
         )
     else:
         lines.append("compile: off")

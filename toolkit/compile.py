@@ -1,27 +1,34 @@
-"""torch.compile for one kind of block: what it compiled is counted, and kept for the next process.
+"""torch.compile for one kind of block: what it traced and compiled is counted, and kept for the next process.
 
 The settings of a compilation travel with it (`config_patches`); no configuration of torch is changed, no environment
-variable set.
+variable set. What is kept is read in the background, where torch's compiler is imported, too.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import logging
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import traces
 from .embedded import cache_folder
 from .hardware import Hardware
 
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
-FILES = 16  # kept at most; what an older one held is in a newer one too if it was used since
+FILES = (
+    16  # of a kind, kept at most; what an older one held is in a newer one too if it was used since
+)
 _loaded: set[Path] = set()
+_queue = ThreadPoolExecutor(1, "ark-compile")
 log = logging.getLogger("ark")
 
 
@@ -33,27 +40,31 @@ class Compiler:
         cache: the folder that keeps what was compiled, None to keep nothing (as torch before 2.7 does).
 
     Attributes:
-        graphs: how many graphs were compiled since this was made, or found in the cache; a recompilation counts, too.
-        seconds: that it took.
+        graphs: how many graphs were traced since this was made, compiled or not; doing so anew counts, too.
+        found: how many graphs of earlier processes are in use, with nothing traced.
+        seconds: that torch's backend took.
+        keeps_traces: whether what is traced is kept, too (since torch 2.9; not for what CUDA records).
     """
 
     def __init__(self, mode: str, cache: Path | None):
         self.mode = mode
-        self.cache = cache = cache if hasattr(torch.compiler, "load_cache_artifacts") else None
-        self.graphs, self.seconds = 0, 0.0
-        files = sorted(cache.glob("*.bin")) if cache else []
-        self._fresh = not files  # something was compiled that the cache does not have
+        self.cache = cache if hasattr(torch.compiler, "load_cache_artifacts") else None
+        self.graphs, self.found, self.seconds, self.keeps_traces = 0, 0, 0.0, False
+        self._fresh = False  # something was compiled that the cache does not have
         self._compiled: dict[Callable, Callable] = {}
-        for file in files:
-            if file not in _loaded:
-                _loaded.add(file)
-                if torch.compiler.load_cache_artifacts(file.read_bytes()) is None:
-                    log.warning("Ark: %s is damaged and not used.", file)
+        self._ready: list[traces.Ready] = []
+        self._made: list[traces.Trace] = []
+        self._reading: Future | None = _queue.submit(self._read) if self.cache else None
 
-    def __call__(self, function: Callable) -> Callable:
-        """The compiled function; the same one for the same function."""
+    def __call__(self, function: Callable, prepare: Callable[..., None] | None = None) -> Callable:
+        """The compiled function; the same one for the same function.
+
+        Args:
+            function: of the top level of a module.
+            prepare: called with the arguments before they are traced, to mark what may have any length.
+        """
         if function not in self._compiled:
-            self._compiled[function] = torch.compile(function, backend=self.backend)
+            self._compiled[function] = Compiled(self, function, prepare)
         return self._compiled[function]
 
     def backend(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
@@ -62,34 +73,149 @@ class Compiler:
         from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx
 
-        start, found = time.perf_counter(), counters["inductor"]["fxgraph_cache_hit"]
+        self.wait()
+        start, found = time.perf_counter(), _hits(counters)
         options = {} if self.mode == "default" else list_mode_options(self.mode)
         compiled = compile_fx(graph, inputs, config_patches=options)
         self.graphs += 1
-        self._fresh |= counters["inductor"]["fxgraph_cache_hit"] == found
+        self._fresh |= _hits(counters) == found
         self.seconds += time.perf_counter() - start
         return compiled
 
+    def wait(self) -> None:
+        """Wait until what is kept was read."""
+        reading, self._reading = self._reading, None
+        if reading:
+            reading.result()
+
+    def kept(self, function: Callable) -> list[traces.Ready]:
+        """What earlier processes traced of a function, ready to run."""
+        self.wait()
+        return [ready for ready in self._ready if ready.trace.function == traces.name_of(function)]
+
+    def add(self, trace: traces.Trace) -> None:
+        """Let a trace be kept."""
+        self._made.append(trace)
+
     def keep(self) -> None:
         """Add what was compiled since the last time to the cache; a folder that cannot be written costs only that."""
-        if not self.cache or not self._fresh or not self.graphs:
+        if not self.cache or not (self._made or (self._fresh and self.graphs)):
             return
+        made, self._made = self._made, []
+        found = torch.compiler.save_cache_artifacts() if self._fresh else None
         self._fresh = False
-        found = torch.compiler.save_cache_artifacts()
-        if found is None:
-            return
-        # A file of its own each time: torch reads back only what was added last.
-        file = self.cache / f"{time.time_ns()}.bin"
-        _loaded.add(file)
-        draft = file.with_suffix(".draft")
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
-            draft.write_bytes(found[0])
-            draft.replace(file)
-            for old in sorted(self.cache.glob("*.bin"))[:-FILES]:
-                old.unlink()
+            for trace in made:
+                trace.write(self.cache / f"{time.time_ns()}.trace")
+            if found:
+                # A file of its own each time: torch reads back only what was added last.
+                file = self.cache / f"{time.time_ns()}.bin"
+                _loaded.add(file)
+                draft = file.with_suffix(".draft")
+                draft.write_bytes(found[0])
+                draft.replace(file)
+            for kind in ("*.bin", "*.trace"):
+                for old in sorted(self.cache.glob(kind))[:-FILES]:
+                    old.unlink()
         except OSError as error:
             log.warning("Ark: what was compiled is not kept (%s).", error)
+
+    def _read(self) -> None:
+        """In the background: import torch's compiler, read its cache and the traces."""
+        try:
+            import torch._inductor.compile_fx  # noqa: F401
+
+            self.keeps_traces = self.mode != "reduce-overhead" and traces.available()
+            files = sorted(self.cache.glob("*.bin"))
+            self._fresh = not files
+            for file in files:
+                if file not in _loaded:
+                    _loaded.add(file)
+                    if torch.compiler.load_cache_artifacts(file.read_bytes()) is None:
+                        log.warning("Ark: %s is damaged and not used.", file)
+            for file in sorted(self.cache.glob("*.trace")) if self.keeps_traces else ():
+                self._read_trace(file)
+        except Exception as error:  # torch's own way remains
+            if threading.main_thread().is_alive():  # else the process ends before anyone compiled
+                log.warning("Ark compile: %s is not used (%s: %s).", self.cache, type(error).__name__, error)  # fmt: skip
+
+    def _read_trace(self, file: Path) -> None:
+        try:
+            trace = traces.Trace.read(file)
+            if path := trace.stale():
+                log.info("Ark compile: %s is traced anew, as %s changed.", trace.function, path)
+                return
+            self._ready.append(traces.Ready(trace))
+        except Exception as error:  # whatever torch raises at its own bytes: it is compiled anew
+            log.warning("Ark: %s is damaged and not used (%s: %s).", file, type(error).__name__, error)  # fmt: skip
+
+
+class Compiled:
+    """A function that runs by a trace of an earlier process, or else through torch.compile.
+
+    Args:
+        compiler: compiles, keeps and counts.
+        function: the function.
+        prepare: called with the arguments before they are traced.
+    """
+
+    def __init__(self, compiler: Compiler, function: Callable, prepare: Callable[..., None] | None):
+        self._compiler, self._function, self._prepare = compiler, function, prepare
+        self._signature = inspect.signature(function)
+        self._traced: Callable | None = None
+        self._draft = traces.Draft()
+
+    @functools.cached_property
+    def _kept(self) -> list[traces.Ready]:
+        return self._compiler.kept(self._function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the function."""
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        call, why_not = bound.arguments, ""
+        for ready in self._kept:
+            if not (why_not := ready.why_not(call)):
+                self._compiler.found += not ready.used
+                return ready(call)
+        graphs = self._compiler.graphs
+        result = self._trace(call, *args, **kwargs)
+        if why_not and self._compiler.graphs > graphs:
+            log.info("Ark compile: %s was traced anew (%s).", self._function.__name__, why_not)
+        return result
+
+    def _trace(self, call: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Through torch.compile; what it traces is kept."""
+        self._compiler.wait()
+        if self._prepare:
+            self._prepare(*args, **kwargs)
+        if not self._compiler.keeps_traces:
+            self._traced = self._traced or torch.compile(self._function, backend=self._compiler.backend)  # fmt: skip
+            return self._traced(*args, **kwargs)
+        if self._traced is None:
+            options = {"guard_filter_fn": lambda guards: self._draft.guarded(guards)}
+            self._traced = torch.compile(self._function, backend=self._backend, options=options)
+        graphs, state = self._compiler.graphs, traces.state()
+        self._draft = draft = traces.Draft()
+        try:
+            result = self._traced(*args, **kwargs)
+            if self._compiler.graphs > graphs:
+                self._keep(draft, call, result, state)
+        finally:
+            draft.close()
+        return result
+
+    def _keep(self, draft: traces.Draft, call: dict[str, Any], result: Any, state: str) -> None:
+        try:
+            self._compiler.add(draft.finish(self._function, call, result, state))
+        except Exception as why:  # whatever torch raises where it cannot write; the result is there
+            log.info("Ark compile: the next process traces %s again (%s: %s).", self._function.__name__, type(why).__name__, why)  # fmt: skip
+
+    def _backend(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        with torch._functorch.config.patch(bundled_autograd_cache=True):
+            compiled = self._compiler.backend(graph, inputs)
+        return self._draft.compiled(graph, compiled)
 
 
 @functools.lru_cache
@@ -117,3 +243,9 @@ def describe(model: Any) -> str:
     """What compiled code depends on of a module: its class, and the shapes and dtypes of its weights."""
     shapes = sorted({(tuple(w.shape), str(w.dtype)) for w in model.parameters()}, key=str)
     return f"{type(model).__qualname__} {shapes}"
+
+
+def _hits(counters: Any) -> int:
+    return (
+        counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+    )

@@ -60,5 +60,5 @@ def test_a_block_with_patches_of_others_runs_as_it_is():
 
 def test_a_cache_that_cannot_be_read_is_said_and_not_used(tmp_path, caplog):
     (tmp_path / "broken.bin").write_bytes(b"no artifacts")
-    Compiler("default", tmp_path)
+    Compiler("default", tmp_path).wait()
     assert "broken.bin is damaged" in caplog.text

@@ -1,4 +1,4 @@
-"""What was compiled is found by the next process, whatever was compiled after it."""
+"""What was compiled is found by the next process, whatever was compiled after it, and only where it still holds."""
 
 import json
 import os
@@ -11,39 +11,128 @@ import pytest
 
 PACK_PARENT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")  # fmt: skip
+BLOCKS = """
+import torch
+from helpers import helper
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((4,), 2.0), requires_grad=False)
+        self.hooks, self.factor = [], 1
+
+    def forward(self, x, options):
+        for hook in self.hooks:
+            x = hook(x)
+        return helper(x) * self.weight * self.factor
+
+def first(block, x, **options):
+    return block(x, options)
+
+def second(block, x, **options):
+    return x.cos() * block.weight, x + 1
+"""
+HELPERS = "def helper(x):\n    return x.sin() + 1\n"
 CODE = """
 import json, sys, torch
 from pathlib import Path
-from torch._dynamo.utils import counters
+import blocks
 from ark.toolkit.compile import Compiler, any_length
 
-def first(x):
-    return x.sin() + 1
-
-def second(x):
-    return x.cos() * 2
-
 compiler, results = Compiler("default", Path(sys.argv[1])), []
-for function in (first, second):
-    for length in (5, 7, 4):
-        x = torch.arange(4.0 * length).reshape(length, 4)
-        any_length(x, 0)
-        results.append(torch.allclose(compiler(function)(x), function(x)))
-    compiler.keep()
-found = counters["inductor"]
-print(json.dumps([all(results), compiler.graphs, found["fxgraph_cache_hit"], found["fxgraph_cache_miss"]]))
+block = blocks.Block()
+with torch.no_grad():
+    for function in (blocks.first, blocks.second):
+        run = compiler(function, lambda block, x, **options: any_length(x, 0))
+        for length in (5, 7, 4):
+            x = torch.arange(4.0 * length).reshape(length, 4)
+            got, expected = run(block, x, extra=None), function(block, x, extra=None)
+            same = [torch.allclose(a, b) for a, b in zip(got, expected, strict=True)]
+            results += [type(got) is type(expected), *same]
+        compiler.keep()
+print(json.dumps([all(results), compiler.graphs, compiler.found]))
 """
 
 
-def run(folder: Path, number: int) -> list:
-    """One process; what torch keeps by itself is not kept between them."""
-    env = {**os.environ, "PYTHONPATH": str(PACK_PARENT), "TORCHINDUCTOR_CACHE_DIR": str(folder / f"own{number}")}  # fmt: skip
-    code = [sys.executable, "-c", CODE, str(folder / "cache")]
-    return json.loads(subprocess.run(code, env=env, check=True, capture_output=True, text=True).stdout)  # fmt: skip
+CHANGES = """
+import json, sys, torch
+from pathlib import Path
+import blocks
+from ark.toolkit.compile import Compiler
+
+compiler, found = Compiler("default", Path(sys.argv[1])), {}
+
+def other(x, *more):
+    return x
+
+for change in (None, *json.loads(sys.argv[2])):
+    block, x = blocks.Block(), torch.ones(9, 4)
+    kept = dict(vars(blocks)), blocks.Block.forward
+    with torch.no_grad():
+        exec(change or "")
+        call = {"block": block, "x": x, "options": {"extra": None}}
+        found[change or ""] = [r.why_not(call) for r in compiler.kept(blocks.first)]
+    vars(blocks).update(kept[0])
+    blocks.Block.forward = kept[1]
+print(json.dumps(found))
+"""
+CHANGED = {
+    "blocks.helper = other": "helper",
+    "block.forward = other": "L['block']",
+    "block.hooks.append(other)": "L['block'].hooks",
+    "block.factor = 2": "L['block'].factor",
+    "block.factor = 1.0": "L['block'].factor",
+    "block.register_forward_hook(other)": "L['block']._forward_hooks",
+    "block.weight = torch.nn.Parameter(torch.ones(1), requires_grad=False)": "weight",
+    "x = x.double()": "L['x']",
+    "x = x[:, :3]": "L['x']",
+    "x = x.t().contiguous().t()": "L['x']",
+    "x = x[:1]": "2 <=",
+    "torch.set_grad_enabled(True)": "torch's state",
+}
 
 
-def test_one_graph_serves_every_length_and_the_next_process_finds_it(tmp_path):
-    assert run(tmp_path, 1) == [True, 2, 0, 2]
-    files = sorted((tmp_path / "cache").iterdir())
-    assert run(tmp_path, 2) == [True, 2, 2, 0]
-    assert sorted((tmp_path / "cache").iterdir()) == files  # nothing new, nothing written
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with the code that is compiled, and with what a first process kept of it."""
+    folder = tmp_path_factory.mktemp("compile")
+    (folder / "blocks.py").write_text(BLOCKS)
+    (folder / "helpers.py").write_text(HELPERS)
+    assert run(folder, CODE)[0] == [True, 2, 0]
+    return folder
+
+
+def run(folder: Path, code: str, *arguments: str) -> tuple:
+    """What a process printed, and what it said."""
+    paths = os.pathsep.join((str(PACK_PARENT), str(folder)))
+    env = {**os.environ, "PYTHONPATH": paths, "TORCHINDUCTOR_CACHE_DIR": str(folder / "torch")}
+    command = [sys.executable, "-c", code, str(folder / "cache"), *arguments]
+    ran = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    return json.loads(ran.stdout), ran.stderr
+
+
+def test_the_next_process_traces_nothing_and_writes_nothing(folder):
+    files = sorted((folder / "cache").iterdir())
+    assert {file.suffix for file in files} == {".trace", ".bin"}
+    assert run(folder, CODE)[0] == [True, 0, 2]
+    assert sorted((folder / "cache").iterdir()) == files
+
+
+def test_what_changed_is_seen_and_said(folder):
+    found, _ = run(folder, CHANGES, json.dumps(list(CHANGED)))
+    assert found.pop("") == [""]
+    for change, place in CHANGED.items():
+        assert place in found[change][0], change
+
+
+def test_changed_code_is_traced(folder):
+    (folder / "helpers.py").write_text(HELPERS.replace("sin() + 1", "sin() + 4"))
+    assert run(folder, CODE)[0] == [True, 1, 1]
+    (folder / "helpers.py").write_text(HELPERS)
+
+
+def test_a_damaged_trace_is_said_and_traced_anew(folder):
+    for file in (folder / "cache").glob("*.trace"):
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    found, said = run(folder, CODE)
+    assert found == [True, 2, 0] and said.count("is damaged and not used") == 3

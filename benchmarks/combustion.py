@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import statistics
@@ -44,6 +45,8 @@ def again(args: argparse.Namespace, folder: Path, size: int) -> dict:
     from ark.patches.attention import set_attention
     from ark.patches.compile import set_compile
 
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("ark").setLevel(logging.INFO)  # why something is traced anew
     model, width = load_klein(folder, args.tiny)
     start = time.perf_counter()
     patched, _, compiler = set_compile(set_attention(model, "auto")[0], args.mode)

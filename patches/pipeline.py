@@ -133,7 +133,9 @@ def load_pipeline(
     )  # fmt: skip
     transfers = [report for part in parts.values() for report in part.shipment.reports]
     seconds = time.perf_counter() - start
-    return pipeline, LoadReport(model, modules.nbytes, seconds, importing, modules.waiting, transfers)
+    return pipeline, LoadReport(
+        model, modules.nbytes, seconds, importing, modules.waiting, transfers
+    )
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -224,7 +226,7 @@ class _Modules:
         self.nbytes = sum(part.shipment.nbytes for part in parts.values())
 
     def text_encoder(self) -> torch.nn.Module:
-        """transformers' Qwen3Model with 27 layers; its last output is read before any norm."""
+        """Transformers' Qwen3Model with 27 layers; its last output is read before any norm."""
         from transformers import Qwen3Config, Qwen3Model
 
         dims: TextEncoderDims = self._parts["text_encoder"].dims
@@ -244,12 +246,14 @@ class _Modules:
         with torch.device("meta"):
             module = Qwen3Model(config)
         module.norm = torch.nn.Identity()
-        module.rotary_emb = type(module.rotary_emb)(config).to(self._device)  # no file has its table
+        module.rotary_emb = type(module.rotary_emb)(config).to(
+            self._device
+        )  # no file has its table
         weights = self._arrived("text_encoder")
         return self._assign(module, "text_encoder", {k.removeprefix("model."): v for k, v in weights.items()})  # fmt: skip
 
     def transformer(self) -> torch.nn.Module:
-        """diffusers' Flux2Transformer2DModel."""
+        """Diffusers' Flux2Transformer2DModel."""
         from diffusers import Flux2Transformer2DModel
 
         part = self._parts["transformer"]
@@ -268,7 +272,7 @@ class _Modules:
         return self._assign(module, "transformer", weights)
 
     def vae(self) -> torch.nn.Module:
-        """diffusers' AutoencoderKLFlux2."""
+        """Diffusers' AutoencoderKLFlux2."""
         from diffusers import AutoencoderKLFlux2
 
         dims: VaeDims = self._parts["vae"].dims

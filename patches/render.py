@@ -96,7 +96,9 @@ def _sample(pipeline: Any, job: Job, embeds: torch.Tensor, at_step: Callable[[],
     except ValueError as error:  # diffusers' own checks of the references
         if not references:
             raise
-        raise InputError(f"{', '.join(job.images)}: {error}.", "Choose another reference.") from error
+        raise InputError(
+            f"{', '.join(job.images)}: {error}.", "Choose another reference."
+        ) from error
 
 
 def _read_images(paths: Sequence[str]) -> list[Any]:

@@ -40,7 +40,8 @@ def load_tokenizer(files: ModelFiles) -> Any:
     if "enable_thinking" not in str(tokenizer.chat_template or ""):
         if None in names:
             raise ModelFileError(
-                f"The tokenizer in {files.tokenizer} is not Qwen3's.", "Name the folder of Klein's own."
+                f"The tokenizer in {files.tokenizer} is not Qwen3's.",
+                "Name the folder of Klein's own.",
             )
         tokenizer.chat_template = TEMPLATE.replace("{think}", names[0]).replace("{end}", names[1])
         tokenizer.padding_side = "right"

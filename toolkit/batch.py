@@ -33,18 +33,20 @@ class Batch:
 
     Attributes:
         files: each job's file.
+        count: how many there are.
 
     Raises:
         InputError: the folder cannot be written, or another run is writing to it.
     """
 
     def __init__(self, folder: Path, jobs: Sequence[Job], settings: Mapping[str, Any]):
-        self.folder, self.jobs = folder, list(jobs)
+        self.folder, self.jobs, self.count = folder, list(jobs), len(jobs)
         self._settings = dict(settings)
         self._keys = [job.digest(settings) for job in jobs]
         digits = max(5, len(str(len(jobs))))
         self.files = [
-            folder / f"{number:0{digits}}-{key}.png" for number, key in enumerate(self._keys, start=1)
+            folder / f"{number:0{digits}}-{key}.png"
+            for number, key in enumerate(self._keys, start=1)
         ]
         self._manifest = folder / MANIFEST
         self._open = contextlib.ExitStack()
@@ -116,7 +118,12 @@ class Batch:
         self._add(number, self.jobs[number - 1], path, seconds)
 
     def _add(self, number: int, job: Job, path: Path, seconds: Mapping[str, float]) -> None:
-        entry = {"number": number, "file": path.name, **asdict(job), "digest": self._keys[number - 1]}
+        entry = {
+            "number": number,
+            "file": path.name,
+            **asdict(job),
+            "digest": self._keys[number - 1],
+        }
         entry["seconds"] = {name: round(value, 4) for name, value in seconds.items()}
         line = (json.dumps(entry, ensure_ascii=False) + "\n").encode()
         with self._manifest.open("ab") as file:
@@ -130,3 +137,47 @@ class Batch:
                     os.truncate(self._manifest, size)
                 raise
         self._done.add(path.name)
+
+
+class Single:
+    """One picture in a file of the user's choice; the same shape as `Batch`.
+
+    Args:
+        path: of the file; what was there is replaced.
+        job: what is made.
+        settings: what else decides on it.
+
+    Raises:
+        InputError: the file cannot be written there.
+    """
+
+    def __init__(self, path: Path, job: Job, settings: Mapping[str, Any]):
+        if path.is_dir() or path.suffix.lower() != ".png":
+            raise InputError(
+                f"{path} is no name for a PNG file.", "Name one that ends in .png with --out."
+            )
+        if not path.parent.is_dir():
+            raise InputError(
+                f"There is no folder {path.parent}.", "Make it, or name another file with --out."
+            )
+        if not os.access(path.parent, os.W_OK):
+            raise InputError(f"{path.parent} cannot be written.", "Name another file with --out.")
+        self._path, self._job, self._settings, self.count = path, job, dict(settings), 1
+
+    def __enter__(self) -> Single:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def pending(self) -> Iterator[tuple[int, Job, Path]]:
+        """The one picture."""
+        yield 1, self._job, self._path
+
+    def settings_of(self, number: int) -> dict[str, Any]:
+        """What the picture's metadata says beside its job."""
+        return self._settings
+
+    def keep(self, number: int, png: bytes, seconds: Mapping[str, float]) -> None:
+        """Write the picture."""
+        write_whole(self._path, png)

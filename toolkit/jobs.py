@@ -46,7 +46,9 @@ class Job:
         if not 0 <= self.seed < 2**64:
             raise InputError(f"The seed is {self.seed}.", "Choose 0 to 2**64 - 1.")
         if not 1 <= self.steps <= MAX_STEPS:
-            raise InputError(f"steps is {self.steps}.", f"Choose 1 to {MAX_STEPS}; Klein is made for 4.")
+            raise InputError(
+                f"steps is {self.steps}.", f"Choose 1 to {MAX_STEPS}; Klein is made for 4."
+            )
         parse_size(f"{self.width}x{self.height}")
 
     def digest(self, settings: Mapping[str, Any]) -> str:
@@ -118,19 +120,25 @@ def read_prompts(path: Path, common: Mapping[str, Any], usual: tuple[int, int]) 
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}).", "Name a text file in UTF-8.") from error
+        raise InputError(
+            f"{path} cannot be read ({error}).", "Name a text file in UTF-8."
+        ) from error
     jobs: list[Job] = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            jobs.append(_job(line, path.parent, {**common, "seed": common["seed"] + len(jobs)}, usual))
+            jobs.append(
+                _job(line, path.parent, {**common, "seed": common["seed"] + len(jobs)}, usual)
+            )
         except InputError as error:
             raise InputError(
                 f"{path.name}, line {number}: {error.reason}", f"{error.remedy} Nothing was made."
             ) from error
     if not jobs:
-        raise InputError(f"{path} has no prompts.", 'Write one a line, such as {"prompt": "a fox"}.')
+        raise InputError(
+            f"{path} has no prompts.", 'Write one a line, such as {"prompt": "a fox"}.'
+        )
     return jobs
 
 
@@ -144,7 +152,9 @@ def _job(line: str, folder: Path, common: Mapping[str, Any], usual: tuple[int, i
         raise InputError("there is no prompt.", 'Write a text, or {"prompt": TEXT}.')
     for name, given in value.items():
         if name not in FIELDS:
-            raise InputError(f"it has {name!r}, which is not known.", f"Known are {', '.join(FIELDS)}.")
+            raise InputError(
+                f"it has {name!r}, which is not known.", f"Known are {', '.join(FIELDS)}."
+            )
         if not isinstance(given, FIELDS[name]) or isinstance(given, bool):
             raise InputError(f"{name} is {given!r}.", "Correct its type.")
     if "image" in value:

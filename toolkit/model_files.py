@@ -58,6 +58,12 @@ class ModelFiles:
         files = {f for part in PARTS for f in model_parts(getattr(self, part))}
         return sorted([file.name, file.stat().st_size] for file in files)
 
+    @property
+    def names(self) -> dict[str, str]:
+        """The parts as ComfyUI with Ark lists them."""
+        whole = f"diffusers/{self.folder.name}" if self.folder else None
+        return {part: whole or getattr(self, part).name for part in PARTS}
+
     def settings(self, part: str, name: str = "config.json") -> dict[str, Any]:
         """The settings that the pipeline's folder has for a part, none for single files; "" is the pipeline itself.
 
@@ -216,7 +222,10 @@ def _tokenizer_places(text_encoder: Path) -> Iterator[Path]:
     yield text_encoder.parent / "tokenizer"
     yield text_encoder.parent.parent / "tokenizer"
     hosts = [Path(os.environ["COMFYUI_PATH"])] if os.environ.get("COMFYUI_PATH") else []
-    hosts += [*text_encoder.parents[2:3], *PACK.parents[1:2]]  # HOST/models/x/file, HOST/custom_nodes/ark
+    hosts += [
+        *text_encoder.parents[2:3],
+        *PACK.parents[1:2],
+    ]  # HOST/models/x/file, HOST/custom_nodes/ark
     for environment in (Path(sys.prefix), PACK / ".venv"):
         hosts += sorted(environment.glob("comfyui-*"), reverse=True)  # bootstrap.py's
     yield from (host / COMFYUI_TOKENIZER for host in hosts)

@@ -45,7 +45,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def describe_picture(job: Job, settings: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
+def describe_picture(
+    job: Job, settings: Mapping[str, Any], names: Mapping[str, str]
+) -> dict[str, str]:
     """The text chunks of a picture.
 
     Args:
@@ -62,7 +64,9 @@ def describe_picture(job: Job, settings: Mapping[str, Any], names: Mapping[str, 
     }
 
 
-def comfyui_graph(job: Job, names: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, Any]:
+def comfyui_graph(
+    job: Job, names: Mapping[str, str], settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """The graph that makes the same picture in ComfyUI, in the form of its API.
 
     Args:

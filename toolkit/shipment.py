@@ -56,9 +56,7 @@ class Shipment:
         """Bytes that have left so far."""
         return sum(sending.moved for sending in self._sendings.values())
 
-    def arrive(
-        self, watch: Callable[[int], None] = lambda moved: None
-    ) -> dict[str, torch.Tensor]:
+    def arrive(self, watch: Callable[[int], None] = lambda moved: None) -> dict[str, torch.Tensor]:
         """Wait for the tensors; what no fast path could bring is copied by torch.
 
         Args:

@@ -262,7 +262,7 @@ class _Modules:
             **self._files.settings("transformer"),
             "num_layers": dims.double_blocks, "num_single_layers": dims.single_blocks, "attention_head_dim": HEAD_DIM,
             "num_attention_heads": dims.num_heads, "joint_attention_dim": dims.context_dim,
-            "guidance_embeds": any("guidance" in key for key in part.tensors),
+            "guidance_embeds": any("guidance_in." in k or "guidance_embedder." in k for k in part.tensors),
         }  # fmt: skip
         with torch.device("meta"):
             module = Flux2Transformer2DModel.from_config(settings)

@@ -10,8 +10,8 @@ from ..toolkit.model_files import ModelFiles
 THINK, END_OF_THINK = 151667, 151668  # some vocabularies have other names for them
 PAD = "<|endoftext|>"
 TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "<|im_start|>assistant\n{think}\n\n{end}\n\n"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{{ '<|im_start|>assistant\nTHINK\n\nEND\n\n' }}"  # as text the last line break would be lost
 )
 
 
@@ -43,7 +43,7 @@ def load_tokenizer(files: ModelFiles) -> Any:
                 f"The tokenizer in {files.tokenizer} is not Qwen3's.",
                 "Name the folder of Klein's own.",
             )
-        tokenizer.chat_template = TEMPLATE.replace("{think}", names[0]).replace("{end}", names[1])
+        tokenizer.chat_template = TEMPLATE.replace("THINK", names[0]).replace("END", names[1])
         tokenizer.padding_side = "right"
     tokenizer.pad_token = tokenizer.pad_token or PAD
     return tokenizer

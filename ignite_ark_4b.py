@@ -30,7 +30,7 @@ def main(args, console) -> None:
         if todo:
             from ark.patches.diffusers import ignite
             from ark.patches.pipeline import load_pipeline
-            from ark.patches.render import render
+            from ark.patches.render import Renderer
 
             def watch(moved: int, total: int) -> None:
                 console.loading(moved, total)
@@ -40,8 +40,9 @@ def main(args, console) -> None:
             options = {**ENGINES[args.engine], "precision": args.precision}
             with ignite(pipeline, args.attention, **options) as combustion:
                 console.loaded(pipeline, load, combustion)
+                renderer = Renderer(pipeline)
                 for done, (number, job, path) in enumerate(todo, start=1):
-                    picture = render(pipeline, job, combustion.run, stop.check)
+                    picture = renderer(job, combustion.run, stop.check)
                     texts = describe_picture(job, outputs.settings_of(number), files.names)
                     outputs.keep(number, encode_png(picture.image, texts), picture.seconds)
                     console.made(path, job, picture.seconds, len(todo) - done)

@@ -7,7 +7,7 @@ cold_process: from starting `ignite_ark_4b.py` to the whole image file, imports 
 load_all: `load_pipeline` against `from_pretrained(...).to("cuda")`, each in a fresh process in which both libraries are
 imported and the GPU is awake.
 new_prompt_bf16, new_prompt_fp8: from a prompt that was never encoded to the picture in memory, everything loaded and warm,
-against diffusers as it is, and against diffusers with compiled blocks and cuDNN's attention; one process, in turns.
+against diffusers as it is, and against diffusers with compiled blocks and cuDNN's attention; one process, in turns. Install accelerate, without which diffusers loads slowly.
 
 Needs a GPU, 64 GB of its memory, 17 GB of disk, and a tokenizer (`--tokenizer`, or where the script finds one). `--tiny` runs
 it with small random files, on a CPU too, to test the benchmark itself (then nothing is recorded).
@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from ark.benchmarks.models import (
@@ -220,7 +221,7 @@ def new_prompts(args: argparse.Namespace, turns: int) -> list[dict]:
     """A prompt that was never encoded to the picture, in turns."""
     from ark.patches.diffusers import ignite
     from ark.patches.pipeline import load_pipeline
-    from ark.patches.render import render
+    from ark.patches.render import Renderer
     from ark.toolkit.jobs import Job
 
     device, size = device_and_size(args)
@@ -230,11 +231,14 @@ def new_prompts(args: argparse.Namespace, turns: int) -> list[dict]:
     def ark(name: str, precision: str) -> Callable[[str, int], object]:
         pipeline, _ = load_pipeline(args.folder, device)
         pipeline.set_progress_bar_config(disable=True)
-        combustion = ignite(pipeline, engine="fused", precision=precision)
+        combustion, renderer = (
+            ignite(pipeline, engine="fused", precision=precision),
+            Renderer(pipeline),
+        )
         print(combustion.report)
 
         def make(prompt: str, seed: int) -> object:
-            made = render(pipeline, Job(prompt, seed, size, size, STEPS), combustion.run)
+            made = renderer(Job(prompt, seed, size, size, STEPS), combustion.run)
             splits[name].append(made.seconds)
             return made.image
 
@@ -293,7 +297,8 @@ def main() -> None:
         rows += new_prompts(args, args.repeat)
     if args.tiny:
         return
-    versions = {"python": platform.python_version(), **{n: version(n) for n in ("torch", "diffusers", "transformers")}}  # fmt: skip
+    packages = [n for n in ("torch", "diffusers", "transformers", "accelerate") if find_spec(n)]
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     card = torch.cuda.get_device_name()
     print(write_record("headless", card, versions, rows))
     print(bar_chart("headless", f"Headless, Klein 4B, ms ({card}), shorter is better", rows))

@@ -117,8 +117,10 @@ def load_pipeline(
         parts[part] = _Part(getattr(model, part).name, dims, tensors, shipment, held)
     del opened, source, tensors, encoder, main
     imported = time.perf_counter()
-    import diffusers
-    import transformers  # noqa: F401 (takes as long as the weights)
+    from diffusers import (  # as long as the weights take
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+    )
 
     importing = time.perf_counter() - imported
     with torch.inference_mode(False), torch.no_grad():
@@ -126,8 +128,8 @@ def load_pipeline(
         modules = _Modules(model, parts, device, dtype, watch)
         built = [modules.text_encoder(), modules.transformer(), modules.vae()]
     settings = model.settings("scheduler", "scheduler_config.json")
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config({"use_dynamic_shifting": True, **settings})  # fmt: skip
-    pipeline = diffusers.Flux2KleinPipeline(
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config({"use_dynamic_shifting": True, **settings})  # fmt: skip
+    pipeline = Flux2KleinPipeline(
         scheduler=scheduler, text_encoder=built[0], tokenizer=tokenizer, transformer=built[1], vae=built[2],
         is_distilled=bool(model.settings("", "model_index.json").get("is_distilled", True)),
     )  # fmt: skip

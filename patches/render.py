@@ -13,6 +13,7 @@ import torch
 from ..toolkit.errors import InputError
 from ..toolkit.jobs import Job
 from ..toolkit.noise import klein_noise
+from .encode import PromptEncoder
 
 
 @dataclass(frozen=True)
@@ -30,49 +31,55 @@ class Rendered:
     seconds: dict[str, float]
 
 
-def render(
-    pipeline: Any,
-    job: Job,
-    run: Callable[[Callable], Any] = lambda call: call(),
-    at_step: Callable[[], None] = lambda: None,
-) -> Rendered:
-    """Make one picture: the same noise and the same precision between the steps as ComfyUI.
+class Renderer:
+    """Makes pictures with one pipeline: the same noise, and the same precision between the steps, as ComfyUI.
 
     Args:
         pipeline: a `Flux2KleinPipeline`, as `load_pipeline` makes it.
-        job: prompt and settings.
-        run: calls the sampling, such as `Combustion.run`, which repeats what is not finite.
-        at_step: called after each step and between the stages; what it raises ends the run.
-
-    Raises:
-        InputError: a reference cannot be used.
     """
-    device, seconds = pipeline._execution_device, {}
 
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
+    def __init__(self, pipeline: Any):
+        self.pipeline, self.encode = pipeline, PromptEncoder(pipeline)
 
-    with torch.no_grad():
-        start = clock()
-        embeds, _ = pipeline.encode_prompt(job.prompt, device=device)  # [1, 512, 3 * hidden]
-        seconds["encode"] = clock() - start
-        at_step()
+    def __call__(
+        self,
+        job: Job,
+        run: Callable[[Callable], Any] = lambda call: call(),
+        at_step: Callable[[], None] = lambda: None,
+    ) -> Rendered:
+        """Make one picture.
 
-        def sample() -> torch.Tensor:
-            return _sample(pipeline, job, embeds, at_step)
+        Args:
+            job: prompt and settings.
+            run: calls the sampling, such as `Combustion.run`, which repeats what is not finite.
+            at_step: called after each step and between the stages; what it raises ends the run.
 
-        start = clock()
-        with _full_precision_between_steps(pipeline.transformer):
-            latents = run(sample)
-        seconds["steps"] = clock() - start
-        at_step()
-        start = clock()
-        picture = pipeline.vae.decode(latents.to(pipeline.vae.dtype), return_dict=False)[0]
-        image = pipeline.image_processor.postprocess(picture, output_type="pil")[0]
-        seconds["decode"] = clock() - start
-    return Rendered(image, latents, seconds)
+        Raises:
+            InputError: a reference cannot be used.
+        """
+        pipeline, seconds = self.pipeline, {}
+        device = pipeline._execution_device
+
+        def clock() -> float:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        with torch.no_grad():
+            start = clock()
+            embeds = self.encode(job.prompt)
+            seconds["encode"] = clock() - start
+            at_step()
+            start = clock()
+            with _full_precision_between_steps(pipeline.transformer):
+                latents = run(lambda: _sample(pipeline, job, embeds, at_step))
+            seconds["steps"] = clock() - start
+            at_step()
+            start = clock()
+            picture = pipeline.vae.decode(latents.to(pipeline.vae.dtype), return_dict=False)[0]
+            image = _to_image(picture)
+            seconds["decode"] = clock() - start
+        return Rendered(image, latents, seconds)
 
 
 def _sample(pipeline: Any, job: Job, embeds: torch.Tensor, at_step: Callable[[], None]) -> torch.Tensor:  # fmt: skip
@@ -99,6 +106,14 @@ def _sample(pipeline: Any, job: Job, embeds: torch.Tensor, at_step: Callable[[],
         raise InputError(
             f"{', '.join(job.images)}: {error}.", "Choose another reference."
         ) from error
+
+
+def _to_image(picture: torch.Tensor) -> Any:
+    """As the pipeline's own postprocessing, but on the device: [1, 3, H, W], -1 to 1, to PIL's."""
+    from PIL import Image
+
+    pixels = (picture[0].float() * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def _read_images(paths: Sequence[str]) -> list[Any]:

@@ -177,12 +177,12 @@ def test_the_headless_conditioning_and_noise_equal_the_hosts(golden, headless):
 @pytest.mark.parametrize("options", [{"attention": "none"}, {"engine": "fused"}], ids=str)
 def test_headless_latents_equal_the_hosts_stock_nodes(golden, headless, options):
     from ark.patches.diffusers import ignite
-    from ark.patches.render import render
+    from ark.patches.render import Renderer
     from ark.toolkit.jobs import Job
 
     _, found = golden
     with ignite(headless, **options) as combustion:
-        made = render(headless, Job(PROMPT, 7, 256, 192), combustion.run)
+        made = Renderer(headless)(Job(PROMPT, 7, 256, 192), combustion.run)
     # the pipeline's latents are already unpacked and un-normalised: bring the host's to the same place
     vae = headless.vae
     std = (vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).sqrt()

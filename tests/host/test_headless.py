@@ -16,7 +16,7 @@ pytestmark = pytest.mark.host
 def test_the_graph_in_a_picture_makes_the_same_picture_in_comfyui(comfyui, server, tmp_path, monkeypatch, references):  # fmt: skip
     from ark.patches.diffusers import ignite
     from ark.patches.pipeline import load_pipeline
-    from ark.patches.render import render
+    from ark.patches.render import Renderer
     from ark.toolkit.jobs import Job
     from ark.toolkit.model_files import find_model
     from ark.toolkit.picture import describe_picture, encode_png
@@ -33,7 +33,7 @@ def test_the_graph_in_a_picture_makes_the_same_picture_in_comfyui(comfyui, serve
     prompt = "a small red circle to the left of a large blue star on a white background"
     job = Job(prompt, 11, 128, 128, images=tuple(map(str, images)))
     with ignite(pipeline, engine="fused") as combustion:
-        made = render(pipeline, job, combustion.run)
+        made = Renderer(pipeline)(job, combustion.run)
     settings = {"attention": "auto", "engine": "fused", "precision": "bf16"}
     path = tmp_path / "ark.png"
     path.write_bytes(encode_png(made.image, describe_picture(job, settings, files.names)))

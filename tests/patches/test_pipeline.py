@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from ark.patches.diffusers import ignite
 from ark.patches.pipeline import load_pipeline
-from ark.patches.render import render
+from ark.patches.render import Renderer
 from ark.toolkit.embedded import ASSETS, embedded_text_encoder
 from ark.toolkit.errors import ArkError, InputError, ModelFileError
 from ark.toolkit.jobs import Job
@@ -100,7 +100,7 @@ def test_nothing_is_looked_up_in_the_network(monkeypatch, saved):
     for model in ((), saved[0]):
         pipeline, _ = load_pipeline(model)
         pipeline.set_progress_bar_config(disable=True)
-        render(pipeline, Job("a", 0, 64, 64, 1))
+        Renderer(pipeline)(Job("a", 0, 64, 64, 1))
 
 
 def test_comfyuis_vocabulary_gets_kleins_tokens(embedded):
@@ -108,6 +108,16 @@ def test_comfyuis_vocabulary_gets_kleins_tokens(embedded):
     ids = embedded.tokenizer(text)["input_ids"]
     start = embedded.tokenizer("<|im_start|>user\na fox<|im_end|>\n<|im_start|>assistant\n")["input_ids"]  # fmt: skip
     assert ids == [*start, 151667, 271, 151668, 271]
+
+
+@pytest.mark.parametrize("prompt", ["a fox", PROMPT, "many words " * 600])
+def test_the_conditioning_is_the_pipelines_own(embedded, prompt):
+    encode = Renderer(embedded).encode
+    with torch.no_grad():
+        expected, _ = embedded.encode_prompt(prompt)
+        found = encode(prompt)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert encode(prompt) is found  # remembered
 
 
 def test_an_fp8_file_gives_nearly_the_same(embedded, tmp_path):
@@ -123,27 +133,30 @@ def test_an_fp8_file_gives_nearly_the_same(embedded, tmp_path):
     pipeline, _ = load_pipeline([tmp_path / "fp8.safetensors", embedded_text_encoder(), VAE])
     pipeline.set_progress_bar_config(disable=True)
     job = Job(PROMPT, 42, 64, 64)
-    low, full = render(pipeline, job).latents, render(embedded, job).latents
+    low, full = Renderer(pipeline)(job).latents, Renderer(embedded)(job).latents
     assert 0 < (low - full).norm() < 0.15 * full.norm()
 
 
 def test_a_job_is_the_pipelines_own_call(embedded):
     job = Job(PROMPT, 42, 128, 64)
-    made = render(embedded, job)
+    made = Renderer(embedded)(job)
     assert made.image.size == (128, 64) and set(made.seconds) == {"encode", "steps", "decode"}
     expected = embedded(prompt=PROMPT, latents=klein_noise(42, 128, 64), width=128, height=64, num_inference_steps=4, guidance_scale=1.0, output_type="latent").images  # fmt: skip
     assert torch.allclose(made.latents, expected, atol=1e-5)
+    with torch.no_grad():
+        picture = embedded.vae.decode(made.latents, return_dict=False)[0]
+    assert made.image == embedded.image_processor.postprocess(picture, output_type="pil")[0]
 
 
 def test_references_change_the_picture_and_their_order_matters(embedded, tmp_path):
     for name, color in (("red.png", "red"), ("blue.png", "blue")):
         Image.new("RGB", (80, 64), color).save(tmp_path / name)
     red, blue = (str(tmp_path / name) for name in ("red.png", "blue.png"))
-    made = [render(embedded, Job(PROMPT, 1, 64, 64, 2, images)).latents for images in ((), (red,), (red, blue), (blue, red))]  # fmt: skip
+    made = [Renderer(embedded)(Job(PROMPT, 1, 64, 64, 2, images)).latents for images in ((), (red,), (red, blue), (blue, red))]  # fmt: skip
     assert all(not torch.allclose(a, b, atol=1e-3) for i, a in enumerate(made) for b in made[:i])
     Image.new("RGB", (32, 64)).save(tmp_path / "small.png")
     with pytest.raises(InputError, match="small.png"):
-        render(embedded, Job(PROMPT, 1, 64, 64, 1, (str(tmp_path / "small.png"),)))
+        Renderer(embedded)(Job(PROMPT, 1, 64, 64, 1, (str(tmp_path / "small.png"),)))
 
 
 def test_it_stops_at_the_next_step_and_leaves_the_transformer_as_it_was(embedded):
@@ -155,19 +168,19 @@ def test_it_stops_at_the_next_step_and_leaves_the_transformer_as_it_was(embedded
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        render(embedded, Job(PROMPT, 1, 64, 64, 4), at_step=at_step)
+        Renderer(embedded)(Job(PROMPT, 1, 64, 64, 4), at_step=at_step)
     assert len(steps) == 3
     assert not embedded.transformer._forward_hooks and not embedded.transformer._forward_pre_hooks
 
 
 def test_the_pipeline_can_be_set_alight_and_put_out(embedded):
     job = Job(PROMPT, 3, 64, 64, 2)
-    before, names = render(embedded, job).latents, set(vars(embedded.transformer))
+    before, names = Renderer(embedded)(job).latents, set(vars(embedded.transformer))
     with ignite(embedded, engine="fused") as combustion:
-        fused = render(embedded, job, combustion.run).latents
+        fused = Renderer(embedded)(job, combustion.run).latents
         assert not combustion.runner.reasons
     assert torch.allclose(fused, before, rtol=1e-4, atol=1e-4)
-    assert torch.equal(render(embedded, job).latents, before)
+    assert torch.equal(Renderer(embedded)(job).latents, before)
     assert set(vars(embedded.transformer)) == names
 
 
@@ -175,7 +188,7 @@ def test_bf16_computes_in_bf16_with_latents_in_fp32(embedded):
     pipeline, _ = load_pipeline(dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
     job = Job(PROMPT, 42, 32, 32)  # convolutions in bf16 are slow on a CPU
-    made, expected = render(pipeline, job), render(embedded, job)
+    made, expected = Renderer(pipeline)(job), Renderer(embedded)(job)
     assert pipeline.transformer.dtype == pipeline.vae.dtype == torch.bfloat16
     assert made.latents.dtype == torch.float32
     assert (made.latents - expected.latents).norm() < 0.1 * expected.latents.norm()

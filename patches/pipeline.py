@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,16 +12,13 @@ from typing import Any
 import torch
 
 from ..toolkit.architecture import (
-    HEAD_DIM,
-    TEXT_TAPS,
     TextEncoderDims,
     TransformerDims,
     VaeDims,
     check_match,
 )
-from ..toolkit.dequantise import dequantise, stored_dtype
-from ..toolkit.diffusers_keys import transformer_to_diffusers, vae_to_diffusers
-from ..toolkit.errors import InputError, ModelFileError
+from ..toolkit.dequantise import stored_dtype
+from ..toolkit.errors import InputError
 from ..toolkit.igniter import open_model, strip_prefix
 from ..toolkit.keys import (
     is_diffusers_transformer,
@@ -31,14 +27,13 @@ from ..toolkit.keys import (
     vae_from_diffusers,
 )
 from ..toolkit.model_files import ModelFiles, find_model
-from ..toolkit.paths import mmap_pin
 from ..toolkit.shipment import Shipment
 from ..toolkit.storage import available_memory
 from ..toolkit.transfer import TransferReport
+from .pipeline_modules import NEEDED_LAYERS, Modules, Part
 from .tokenizer import load_tokenizer
 
 ROOM = 1.15  # times the weights must be free: a picture needs some memory, too
-NEEDED_LAYERS = max(TEXT_TAPS)
 log = logging.getLogger("ark")
 
 
@@ -61,17 +56,6 @@ class LoadReport:
     importing: float
     waiting: float
     transfers: list[TransferReport] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One part on its way."""
-
-    name: str  # the file's, for errors
-    dims: Any
-    tensors: dict[str, torch.Tensor]  # as they lie in the file
-    shipment: Shipment
-    held: list[tuple]  # identities of its files
 
 
 def load_pipeline(
@@ -114,7 +98,7 @@ def load_pipeline(
     for part, (source, tensors, dims) in opened.items():
         held = [file.identity for file, _ in source.parts if file.identity in source.mapped]
         shipment = Shipment(source, tensors, device)
-        parts[part] = _Part(getattr(model, part).name, dims, tensors, shipment, held)
+        parts[part] = Part(getattr(model, part).name, dims, tensors, shipment, held)
     del opened, source, tensors, encoder, main
     imported = time.perf_counter()
     from diffusers import (  # as long as the weights take
@@ -125,7 +109,7 @@ def load_pipeline(
     importing = time.perf_counter() - imported
     with torch.inference_mode(False), torch.no_grad():
         tokenizer = load_tokenizer(model)
-        modules = _Modules(model, parts, device, dtype, watch)
+        modules = Modules(model, parts, device, dtype, watch)
         built = [modules.text_encoder(), modules.transformer(), modules.vae()]
     settings = model.settings("scheduler", "scheduler_config.json")
     scheduler = FlowMatchEulerDiscreteScheduler.from_config({"use_dynamic_shifting": True, **settings})  # fmt: skip
@@ -215,114 +199,3 @@ def _check_room(device: torch.device, opened: dict) -> None:
             f"The model needs {needed * ROOM / 1e9:.1f} GB on the GPU, {free / 1e9:.1f} GB are free.",
             "Close what uses the GPU, or choose fp8 files; ComfyUI with Ark's nodes runs on smaller cards.",
         )
-
-
-class _Modules:
-    """Builds the modules of a pipeline; each takes its weights when they have arrived."""
-
-    def __init__(
-        self, files: ModelFiles, parts: dict[str, _Part], device: torch.device, dtype: torch.dtype, watch: Callable
-    ):  # fmt: skip
-        self._files, self._parts, self._device, self._dtype = files, parts, device, dtype
-        self._watch, self._before, self.waiting = watch, 0, 0.0
-        self.nbytes = sum(part.shipment.nbytes for part in parts.values())
-
-    def text_encoder(self) -> torch.nn.Module:
-        """Transformers' Qwen3Model with 27 layers; its last output is read before any norm."""
-        from transformers import Qwen3Config, Qwen3Model
-
-        dims: TextEncoderDims = self._parts["text_encoder"].dims
-        # `layer_types` names more layers than are kept
-        settings = self._files.settings("text_encoder")
-        settings = {k: v for k, v in settings.items() if k not in ("layer_types", "dtype", "torch_dtype")}  # fmt: skip
-        if "rope_theta" in settings:  # as transformers before 5 wrote it
-            theta = settings.pop("rope_theta")
-            settings.setdefault("rope_parameters", {"rope_type": "default", "rope_theta": theta})
-        settings = {
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "rms_norm_eps": 1e-6, **settings,
-            "vocab_size": dims.vocab_size, "hidden_size": dims.hidden_size, "intermediate_size": dims.intermediate_size,
-            "num_attention_heads": dims.num_heads, "num_key_value_heads": dims.num_key_value_heads, "head_dim": HEAD_DIM,
-            "num_hidden_layers": NEEDED_LAYERS, "use_cache": False,
-        }  # fmt: skip
-        config = Qwen3Config(**settings)
-        with torch.device("meta"):
-            module = Qwen3Model(config)
-        module.norm = torch.nn.Identity()
-        module.rotary_emb = type(module.rotary_emb)(config).to(
-            self._device
-        )  # no file has its table
-        weights = self._arrived("text_encoder")
-        return self._assign(module, "text_encoder", {k.removeprefix("model."): v for k, v in weights.items()})  # fmt: skip
-
-    def transformer(self) -> torch.nn.Module:
-        """Diffusers' Flux2Transformer2DModel."""
-        from diffusers import Flux2Transformer2DModel
-
-        part = self._parts["transformer"]
-        dims: TransformerDims = part.dims
-        settings = {
-            **self._files.settings("transformer"),
-            "num_layers": dims.double_blocks, "num_single_layers": dims.single_blocks, "attention_head_dim": HEAD_DIM,
-            "num_attention_heads": dims.num_heads, "joint_attention_dim": dims.context_dim,
-            "guidance_embeds": any("guidance_in." in k or "guidance_embedder." in k for k in part.tensors),
-        }  # fmt: skip
-        with torch.device("meta"):
-            module = Flux2Transformer2DModel.from_config(settings)
-        weights = self._arrived("transformer")
-        if not is_diffusers_transformer(weights):
-            weights = transformer_to_diffusers(weights)
-        return self._assign(module, "transformer", weights)
-
-    def vae(self) -> torch.nn.Module:
-        """Diffusers' AutoencoderKLFlux2."""
-        from diffusers import AutoencoderKLFlux2
-
-        dims: VaeDims = self._parts["vae"].dims
-        levels = len(dims.multipliers)
-        settings = {
-            **self._files.settings("vae"),
-            "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
-            "block_out_channels": [dims.encoder_width * m for m in dims.multipliers],
-            "layers_per_block": dims.res_blocks, "latent_channels": dims.latent_channels,
-        }  # fmt: skip
-        if dims.decoder_width != dims.encoder_width:
-            settings["decoder_block_out_channels"] = [dims.decoder_width * m for m in dims.multipliers]  # fmt: skip
-        with torch.device("meta"):
-            module = AutoencoderKLFlux2.from_config(settings)
-        weights = self._arrived("vae")
-        if not is_diffusers_vae(weights):
-            weights = vae_to_diffusers(weights)
-        module = self._assign(module, "vae", weights)
-        if self._device.type == "cuda":
-            module.to(memory_format=torch.channels_last)  # cuDNN's own, no copies between layers
-        return module
-
-    def _arrived(self, name: str) -> dict[str, torch.Tensor]:
-        """A part's weights on the device, in the dtype to compute in."""
-        part, start = self._parts[name], time.perf_counter()
-        weights = part.shipment.arrive(lambda moved: self._watch(self._before + moved, self.nbytes))
-        self._before += part.shipment.nbytes
-        self._watch(self._before, self.nbytes)
-        part.tensors.clear()
-        self.waiting += time.perf_counter() - start
-        return dequantise(weights, self._dtype, part.name)
-
-    def _assign(self, module: torch.nn.Module, name: str, weights: dict) -> torch.nn.Module:
-        """Hand weights over to a module on meta, by reference."""
-        part = self._parts[name]
-        try:
-            missing, _ = module.load_state_dict(weights, strict=False, assign=True)
-        except (RuntimeError, ValueError) as error:
-            raise ModelFileError(
-                f"{part.name} does not fit Klein's architecture ({error}).", "Download it again."
-            ) from error
-        if lost := [key for key in missing if not key.endswith("num_batches_tracked")]:
-            raise ModelFileError(f"{part.name} lacks {len(lost)} tensors, {lost[0]} among them.", "Download it again.")  # fmt: skip
-        for owner in module.modules():  # counters that no inference reads, and no file has
-            for key, buffer in owner._buffers.items():
-                if buffer is not None and buffer.is_meta:
-                    owner._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=self._device)  # fmt: skip
-        for identity in part.held:  # what a path pinned on the way is given back with the module
-            mmap_pin.hold(identity)
-            weakref.finalize(module, mmap_pin.forget, identity).atexit = False
-        return module.requires_grad_(False).eval()

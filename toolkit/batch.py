@@ -61,8 +61,9 @@ class Batch:
             raise InputError(f"Another run is writing to {self.folder}.", "Wait for it, or name another folder with --out.") from error  # fmt: skip
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
             raise InputError(f"{self.folder} cannot be written ({error.strerror}).", "Name a folder with --out.") from error  # fmt: skip
-        for draft in self.folder.glob(".*.part"):  # of a run that was killed
-            draft.unlink(missing_ok=True)
+        for path in (*self.files, self._manifest):  # what a run that was killed left
+            for draft in self.folder.glob(f".{path.name}.*.part"):
+                draft.unlink(missing_ok=True)
         self._done = self._read()
         return self
 

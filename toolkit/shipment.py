@@ -19,7 +19,7 @@ log = logging.getLogger("ark")
 class Shipment:
     """Some tensors of a model, sent at once.
 
-    To a CPU nothing travels: the tensors stay views of the mapped file.
+    To another device than an NVIDIA GPU torch copies them when they are waited for; for a CPU they stay views of the mapped file.
 
     Args:
         opened: the model; kept until everything has arrived.
@@ -31,6 +31,8 @@ class Shipment:
         reports: of the transfers, once everything has arrived.
     """
 
+    fast_devices = ("cuda",)
+
     def __init__(
         self, opened: OpenedModel, tensors: Mapping[str, torch.Tensor], device: torch.device
     ):
@@ -39,7 +41,7 @@ class Shipment:
         self._opened, self._device, self._tensors = opened, device, dict(tensors)
         self._places: dict[str, tuple[tuple, int]] = {}  # file and first byte, by name
         groups: dict[tuple, dict[int, TensorEntry]] = {}
-        if device.type == "cuda":
+        if device.type in self.fast_devices:
             for name, tensor in tensors.items():
                 if origin := opened.origin_of(tensor):
                     file, entry = origin

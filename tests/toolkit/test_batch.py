@@ -48,11 +48,30 @@ def test_a_picture_without_its_line_and_a_line_that_was_cut_off(tmp_path):
             make(batch, number, job)
     path = tmp_path / MANIFEST
     path.write_bytes(path.read_bytes()[:-20])
-    (tmp_path / ".00009-x.png.abc.part").write_bytes(b"half")
+    (tmp_path / f".{batch.files[0].name}.abc.part").write_bytes(b"half")
+    (tmp_path / ".mine.part").write_bytes(b"not Ark's")
     with Batch(tmp_path, JOBS, {}) as batch:
         assert not list(batch.pending())
     assert [line["number"] for line in manifest(tmp_path)] == [1, 2, 3]
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [".mine.part"]
+
+
+def test_a_disk_that_is_full_at_the_line_loses_no_picture(tmp_path, monkeypatch):
+    calls = []
+
+    def fsync(number):
+        calls.append(number)
+        if len(calls) == 4:  # two of each picture
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError), Batch(tmp_path, JOBS, {}) as batch:  # fmt: skip
+        patched.setattr(os, "fsync", fsync)
+        for number, job, _ in batch.pending():
+            make(batch, number, job)
+    assert [line["number"] for line in manifest(tmp_path)] == [1]
+    with Batch(tmp_path, JOBS, {}) as batch:
+        assert [number for number, _, _ in batch.pending()] == [3]
+    assert [line["number"] for line in manifest(tmp_path)] == [1, 2]
 
 
 def test_a_picture_that_was_deleted_is_made_again(tmp_path):

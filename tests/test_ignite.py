@@ -83,9 +83,10 @@ def hashes(folders, suffixes):
 
 def test_one_command_makes_a_picture_and_changes_nothing_else(tmp_path):
     packages = [Path(importlib.util.find_spec(name).origin).parent for name in ("diffusers", "transformers", "torch")]  # fmt: skip
-    models = [ASSETS, embedded_text_encoder().parent]
-    before = hashes(packages, {".py"}), hashes(models, {".safetensors"})
-    assert len(before[0]) > 1000 and len(before[1]) == 4
+    models = [ASSETS, embedded_text_encoder().parent, find_model().tokenizer]
+    suffixes = {".safetensors", ".json", ".txt"}
+    before = hashes(packages, {".py"}), hashes(models, suffixes)
+    assert len(before[0]) > 1000 and len(before[1]) > 4
     code, out, err = ignite("a large green square on a black background", "--json", "--seed", 3, cwd=tmp_path)  # fmt: skip
     assert code == 0, err
     result = json.loads(out)
@@ -99,7 +100,7 @@ def test_one_command_makes_a_picture_and_changes_nothing_else(tmp_path):
         assert 0.05 < share < 0.6  # the square
         settings = json.loads(image.text["ark"])
     assert settings["seed"] == 3 and settings["engine"] == "fused"
-    assert before == (hashes(packages, {".py"}), hashes(models, {".safetensors"}))
+    assert before == (hashes(packages, {".py"}), hashes(models, suffixes))
 
 
 def test_the_table_and_a_file_of_ones_own(inside, tmp_path):
@@ -162,6 +163,22 @@ def test_a_wrong_architecture(inside, tmp_path):
     save_file({"double_blocks.0.img_mod.lin.weight": torch.zeros(2, 2)}, tmp_path / "m.safetensors")
     code, _, err = inside("a", "--model", "m.safetensors")
     assert code == 1 and "m.safetensors is a FLUX.1 transformer" in err
+
+
+def test_a_library_that_is_missing_is_named(inside, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    code, _, err = inside("a red circle", *SMALL)
+    assert code == 1 and "diffusers" in err and "pip install" in err and not os.listdir(tmp_path)
+
+
+def test_half_a_shard_is_named(inside, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(load_file(KLEIN), folder / "klein-00001-of-00002.safetensors")
+    code, _, err = inside("a", "--model", "model")
+    assert code == 1 and "klein-00002-of-00002.safetensors is not beside it" in err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")

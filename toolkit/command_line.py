@@ -213,7 +213,7 @@ def run(main: Callable[[argparse.Namespace, Console], None], start: float) -> in
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in ("diffusers", "transformers", "PIL", "torch", "filelock"):  # fmt: skip
             raise
-        return fail(f"{error.name} is not installed.", "Run: pip install diffusers transformers, or python bootstrap.py env")  # fmt: skip
+        return fail(f"A library is missing or too old: {error}.", 'Run: pip install -e ".[diffusers]" in this folder.')  # fmt: skip
     except BrokenPipeError:
         return 1
     except OSError as error:

@@ -78,10 +78,12 @@ def comfyui_graph(
     def node(class_type: str, **inputs: Any) -> dict[str, Any]:
         return {"class_type": class_type, "inputs": inputs}
 
-    fused = settings.get("engine") == "fused"
+    engine = settings.get("engine")
+    compiled = "default" if engine == "compile" else "off"
+    engine = "fused" if engine == "fused" else "host"
     graph = {
         "1": node("ArkFastLoader", diffusion_model=names["transformer"], text_encoder=names["text_encoder"], vae=names["vae"]),
-        "2": node("ArkSageCombustion", model=["1", 0], attention=settings.get("attention", "auto"), compile="off", engine="fused" if fused else "host", precision=settings.get("precision", "bf16")),
+        "2": node("ArkSageCombustion", model=["1", 0], attention=settings.get("attention", "auto"), compile=compiled, engine=engine, precision=settings.get("precision", "bf16")),
         "3": node("CLIPTextEncode", clip=["1", 1], text=job.prompt),
         "4": node("EmptyFlux2LatentImage", width=job.width, height=job.height, batch_size=1),
         "5": node("ArkSampler4Step", model=["2", 0], positive=["3", 0], latent_image=["4", 0], seed=job.seed, steps=job.steps, denoise=1.0),

@@ -41,7 +41,7 @@ def start(*arguments, cwd, before=None):
 
     return subprocess.Popen(
         [sys.executable, SCRIPT, *map(str, arguments)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"},
+        text=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         preexec_fn=child if os.name == "posix" else None,
     )  # fmt: skip
 

@@ -151,26 +151,22 @@ def _text_encoder(state_dict: dict, name: str) -> tuple[dict[str, torch.Tensor],
 def _transformer(state_dict: dict, name: str) -> tuple[dict[str, torch.Tensor], Any]:
     sign = "double_stream_modulation_img.lin.weight"
     state_dict = strip_prefix(state_dict, r"model\.diffusion_model\.", sign)
-    shapes = _on_meta(state_dict)
-    if is_diffusers_transformer(state_dict):
-        shapes = transformer_from_diffusers(shapes)
+    shapes = state_dict
+    if is_diffusers_transformer(
+        state_dict
+    ):  # what renaming would copy says nothing of the dimensions
+        few = {k: v[:0] if "norm_out" in k else v for k, v in state_dict.items() if ".to_q." not in k}  # fmt: skip
+        shapes = transformer_from_diffusers(few)
     return state_dict, TransformerDims.of(shapes, name)
 
 
 def _vae(state_dict: dict, name: str) -> tuple[dict[str, torch.Tensor], Any]:
     state_dict = strip_prefix(state_dict, r"(vae|first_stage_model)\.", "decoder.conv_in.weight")
-    shapes = _on_meta(state_dict)
-    if is_diffusers_vae(state_dict):
-        shapes = vae_from_diffusers(shapes)
+    shapes = vae_from_diffusers(state_dict) if is_diffusers_vae(state_dict) else state_dict
     moved = {"decoder.post_quant_conv.": "post_quant_conv.", "encoder.quant_conv.": "quant_conv."}
     for old, new in moved.items():
         shapes = {k.replace(old, new): v for k, v in shapes.items()}
     return state_dict, VaeDims.of(shapes, name)
-
-
-def _on_meta(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Shapes and dtypes alone, to be renamed at no cost."""
-    return {key: tensor.to("meta") for key, tensor in state_dict.items()}
 
 
 def _numbers(opened: dict) -> int:

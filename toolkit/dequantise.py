@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 
 from .errors import ModelFileError
@@ -42,11 +44,11 @@ def dequantise(
 
     Args:
         state_dict: of one part, scales among it.
-        dtype: wanted; a weight that has it already is not copied.
+        dtype: wanted; a weight that has it already is not copied, unless it lies among some that are.
         name: the file's, for the error.
 
     Returns:
-        The weights without their scales.
+        The weights without their scales; none is a view of a buffer that is mostly of no use any more.
 
     Raises:
         ModelFileError: a scale fits no weight, or a weight is of a dtype that is not read here.
@@ -73,4 +75,20 @@ def dequantise(
                 "Use the bf16 or the fp8 file.",
             )
         made[key] = tensor
-    return made
+    return _without_remnants(made, state_dict)
+
+
+def _without_remnants(made: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Copy the few that were kept of a buffer of which most was cast: as views they would keep all of it."""
+    replaced: Counter[int] = Counter()  # bytes less those kept, by buffer
+    for key, tensor in before.items():
+        kept = made.get(key) is tensor
+        replaced[_buffer(tensor)] += -tensor.nbytes if kept else tensor.nbytes
+    return {
+        key: tensor.clone() if tensor is before[key] and replaced[_buffer(tensor)] > 0 else tensor
+        for key, tensor in made.items()
+    }
+
+
+def _buffer(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

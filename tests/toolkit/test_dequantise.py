@@ -26,6 +26,15 @@ def test_plain_weights_are_not_copied():
     assert dequantise({"a.weight": weight}, torch.float32, "x")["a.weight"] is weight
 
 
+def test_what_is_kept_of_a_buffer_that_was_cast_does_not_keep_it_alive():
+    flat = torch.zeros(64, dtype=torch.uint8)
+    large, small = flat[:48].view(torch.float8_e4m3fn), flat[48:56].view(torch.float32)
+    other = torch.zeros(4)
+    made = dequantise({"a.weight": large, "n.weight": small, "b.weight": other}, torch.float32, "x")
+    stores = [made[key].untyped_storage().data_ptr() for key in made]
+    assert flat.untyped_storage().data_ptr() not in stores and made["b.weight"] is other
+
+
 def test_what_is_not_read_is_named():
     with pytest.raises(ModelFileError, match="quantised to uint8"):
         stored_dtype({"a.weight": torch.zeros(4, 4, dtype=torch.uint8)}, "x")

@@ -61,8 +61,11 @@ class Batch:
             raise InputError(f"Another run is writing to {self.folder}.", "Wait for it, or name another folder with --out.") from error  # fmt: skip
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
             raise InputError(f"{self.folder} cannot be written ({error.strerror}).", "Name a folder with --out.") from error  # fmt: skip
-        for path in (*self.files, self._manifest):  # what a run that was killed left
-            for draft in self.folder.glob(f".{path.name}.*.part"):
+        own = {path.name for path in (*self.files, self._manifest)}
+        for draft in self.folder.glob(
+            ".*.part"
+        ):  # what a run that was killed left, `whole_file.py`
+            if draft.name[1:].rsplit(".", 2)[0] in own:
                 draft.unlink(missing_ok=True)
         self._done = self._read()
         return self
@@ -73,7 +76,7 @@ class Batch:
             (self.folder / LOCK).unlink()
 
     def _read(self) -> set[str]:
-        """The names of the files that the manifest has; a last line that was cut off is removed from it."""
+        """The names of the files that the manifest has; lines that were cut off or whose file is gone are removed from it."""
         try:
             data = self._manifest.read_bytes()
         except FileNotFoundError:
@@ -81,11 +84,11 @@ class Batch:
         whole, names = [], set()
         for line in data.splitlines(keepends=True):
             try:
-                entry = json.loads(line)
-                name = entry["file"]
+                name = json.loads(line)["file"]
+                there = line.endswith(b"\n") and (self.folder / name).is_file()
             except (ValueError, KeyError, TypeError):
                 continue
-            if line.endswith(b"\n") and (self.folder / name).is_file():
+            if there:
                 whole.append(line)
                 names.add(name)
         if b"".join(whole) != data:
@@ -126,7 +129,7 @@ class Batch:
             "digest": self._keys[number - 1],
         }
         entry["seconds"] = {name: round(value, 4) for name, value in seconds.items()}
-        line = (json.dumps(entry, ensure_ascii=False) + "\n").encode()
+        line = (json.dumps(entry, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
         with self._manifest.open("ab") as file:
             size = file.tell()
             try:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file under a passing name in the same folder, then give it its own in one step.
+    """Write a file under a passing name in the same folder, `.NAME.*.part`, then give it its own in one step.
 
     Args:
         path: a file that was there is replaced.
@@ -18,21 +18,14 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written; nothing is left then.
     """
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with draft.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(draft, 0o666 & ~_umask())  # mkstemp's is for the owner alone
         os.replace(draft, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(draft)
+            draft.unlink()
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

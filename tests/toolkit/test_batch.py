@@ -47,7 +47,7 @@ def test_a_picture_without_its_line_and_a_line_that_was_cut_off(tmp_path):
         for number, job, _ in batch.pending():
             make(batch, number, job)
     path = tmp_path / MANIFEST
-    path.write_bytes(path.read_bytes()[:-20])
+    path.write_bytes(b'{"file": 5}\n' + path.read_bytes()[:-20])
     (tmp_path / f".{batch.files[0].name}.abc.part").write_bytes(b"half")
     (tmp_path / ".mine.part").write_bytes(b"not Ark's")
     with Batch(tmp_path, JOBS, {}) as batch:
@@ -115,6 +115,16 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
         other.start()
         assert "Another run is writing" in answer.get(timeout=60)
         other.join()
+
+
+def test_a_reference_whose_name_is_no_text(tmp_path):
+    jobs = [Job("a", images=("x\udcff.png",))]
+    with Batch(tmp_path, jobs, {}) as batch:
+        for number, job, _ in batch.pending():
+            make(batch, number, job)
+    assert manifest(tmp_path)[0]["images"] == ["x\udcff.png"]
+    with Batch(tmp_path, jobs, {}) as batch:
+        assert not list(batch.pending())
 
 
 def test_a_folder_that_cannot_be(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Callable
 from types import FrameType
@@ -37,12 +38,15 @@ class Stop:
         if self.asked is not None:
             self._raise(number)
         self.asked = number
-        self._say()
+        with contextlib.suppress(
+            OSError, RuntimeError
+        ):  # the terminal is gone, or a line is being written
+            self._say()
 
     def __enter__(self) -> Stop:
         for name in SIGNALS:
             number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._before[number] = signal.signal(number, self._take)
         return self
 

@@ -43,3 +43,13 @@ def test_what_was_ignored_stays_ignored():
     with Stop() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         stop.check()
+
+
+def test_a_terminal_that_is_gone_does_no_harm():
+    def say():
+        raise OSError(5, "Input/output error")
+
+    with Stop(say) as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(SystemExit):
+            stop.check()

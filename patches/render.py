@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..toolkit.errors import InputError
-from ..toolkit.jobs import Job
+from ..toolkit.jobs import Job, check_images
 from ..toolkit.noise import klein_noise
 from .encode import PromptEncoder
 
@@ -87,25 +87,18 @@ def _sample(pipeline: Any, job: Job, embeds: torch.Tensor, at_step: Callable[[],
         at_step()
         return tensors
 
-    references = _read_images(job.images)
-    try:
-        return pipeline(
-            image=references or None,
-            prompt_embeds=embeds.float(),
-            latents=klein_noise(job.seed, job.width, job.height),
-            width=job.width,
-            height=job.height,
-            num_inference_steps=job.steps,
-            guidance_scale=1.0,
-            output_type="latent",
-            callback_on_step_end=step_ended,
-        ).images
-    except ValueError as error:  # diffusers' own checks of the references
-        if not references:
-            raise
-        raise InputError(
-            f"{', '.join(job.images)}: {error}.", "Choose another reference."
-        ) from error
+    check_images(job.images)
+    return pipeline(
+        image=_read_images(job.images) or None,
+        prompt_embeds=embeds.float(),
+        latents=klein_noise(job.seed, job.width, job.height),
+        width=job.width,
+        height=job.height,
+        num_inference_steps=job.steps,
+        guidance_scale=1.0,
+        output_type="latent",
+        callback_on_step_end=step_ended,
+    ).images
 
 
 def _to_image(picture: torch.Tensor) -> Any:

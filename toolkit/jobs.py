@@ -17,6 +17,9 @@ from .schedule import MAX_STEPS
 
 MAX_SIDE = 16384  # px
 REFERENCE_AREA = 1024 * 1024  # px; diffusers reduces larger references to it
+REFERENCE_SIDE = 64  # px at least, diffusers' limit
+REFERENCE_RATIO = 8  # longer to shorter side at most, diffusers' limit
+ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # EXIF: how a camera was held
 FIELDS = {"prompt": str, "seed": int, "size": str, "steps": int, "image": (str, list)}
 
 
@@ -43,6 +46,8 @@ class Job:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise InputError("The prompt is empty.", "Say what the picture shows.")
+        if any("\ud800" <= c <= "\udfff" for c in self.prompt):
+            raise InputError("The prompt is not whole Unicode text.", "Write it in UTF-8.")
         if not 0 <= self.seed < 2**64:
             raise InputError(f"The seed is {self.seed}.", "Choose 0 to 2**64 - 1.")
         if not 1 <= self.steps <= MAX_STEPS:
@@ -52,7 +57,7 @@ class Job:
         parse_size(f"{self.width}x{self.height}")
 
     def digest(self, settings: Mapping[str, Any]) -> str:
-        """A short name for this picture made with some settings; another one whenever anything differs."""
+        """A short name for this picture made with some settings; another one whenever anything differs (of references, the path)."""
         text = json.dumps([asdict(self), dict(settings)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -79,20 +84,23 @@ def size_of_reference(path: str | Path) -> tuple[int, int]:
     """The size that an edit of a picture has unless another one is asked for: its own, as diffusers reduces it.
 
     Raises:
-        InputError: it is no picture.
+        InputError: it is no picture, or none that diffusers takes.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
             width, height = image.size
+            if image.getexif().get(ORIENTATION) in QUARTER_TURNS:
+                width, height = height, width
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is no picture that can be read ({error}).", "Name a PNG or JPEG file.") from error  # fmt: skip
+    if min(width, height) < REFERENCE_SIDE:
+        raise InputError(f"{path} is too small.", f"References have at least {REFERENCE_SIDE} px on each side.")  # fmt: skip
+    if max(width, height) > REFERENCE_RATIO * min(width, height):
+        raise InputError(f"{path} is too narrow.", f"References are at most {REFERENCE_RATIO} times as long as wide.")  # fmt: skip
     share = min(1.0, math.sqrt(REFERENCE_AREA / (width * height)))
-    sides = (int(side * share) // SPATIAL_FACTOR * SPATIAL_FACTOR for side in (width, height))
-    width, height = sides
-    if min(width, height) < SPATIAL_FACTOR:
-        raise InputError(f"{path} is too small.", "References have at least 64 px on each side.")
+    width, height = (int(side * share) // SPATIAL_FACTOR * SPATIAL_FACTOR for side in (width, height))  # fmt: skip
     return width, height
 
 
@@ -171,6 +179,6 @@ def _job(line: str, folder: Path, common: Mapping[str, Any], usual: tuple[int, i
 
 
 def check_images(images: tuple[str, ...]) -> None:
-    """Raise InputError if one of some references is no picture."""
+    """Raise InputError if one of some references cannot be used."""
     for image in images:
         size_of_reference(image)

@@ -69,6 +69,9 @@ def comfyui_graph(
 ) -> dict[str, Any]:
     """The graph that makes the same picture in ComfyUI, in the form of its API.
 
+    References go by their file's name: they have to lie in ComfyUI's input folder, and above a megapixel, where diffusers
+    reduces them, the picture is another.
+
     Args:
         job: what is made.
         names: of the files as ComfyUI lists them: transformer, text_encoder, vae.

@@ -35,6 +35,7 @@ def test_texts_and_tables_with_the_common_values(tmp_path):
         ('{"prompt": "a", "sed": 1}', "'sed', which is not known"),
         ('{"prompt": "a", "seed": "1"}', "seed is '1'"),
         ('{"prompt": "a", "seed": true}', "seed is True"),
+        ('"\\ud800"', "not whole Unicode"),
         ('{"prompt": "a", "seed": -1}', "seed is -1"),
         ('{"prompt": "a", "steps": 0}', "steps is 0"),
         ('{"prompt": "a", "size": "65x64"}', "'65x64' is no size"),
@@ -69,9 +70,20 @@ def test_the_size_of_an_edit_is_its_references(tmp_path):
     assert size_of_reference(tmp_path / "small.png") == (96, 64)
     width, height = size_of_reference(tmp_path / "large.png")
     assert width * height <= 1024 * 1024 and width == 2048 and height == 512
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a camera on its side
+    Image.new("RGB", (100, 70)).save(tmp_path / "turned.jpg", exif=turned)
+    assert size_of_reference(tmp_path / "turned.jpg") == (64, 96)
     line = json.dumps({"prompt": "a", "image": "small.png"})  # relative to the file of prompts
     (job,) = read(tmp_path, line)
     assert (job.width, job.height) == (96, 64) and job.images == (str(tmp_path / "small.png"),)
+
+
+@pytest.mark.parametrize(("size", "reason"), [((63, 64), "too small"), ((64, 513), "too narrow")])
+def test_a_reference_that_diffusers_does_not_take(tmp_path, size, reason):
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=reason):
+        size_of_reference(tmp_path / "a.png")
 
 
 def test_a_digest_differs_with_everything():

@@ -134,6 +134,7 @@ def test_an_edit_has_the_references_size(inside, tmp_path, references):
         (["a", "--seed", "-1"], 2, "seed is -1"),
         (["a", "--steps", "0"], 2, "steps is 0"),
         ([" "], 2, "prompt is empty"),
+        ([""], 2, "prompt is empty"),
         (["a", "--image", "none.png"], 2, "none.png is no picture"),
         (["a", "--out", "none/a.png"], 2, "no folder none"),
         (["a", "--out", "a.jpg"], 2, "no name for a PNG"),

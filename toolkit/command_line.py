@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--attention", default="auto", metavar="NAME", help="auto (measured once on a GPU), a kernel's name, or none for diffusers' own")  # fmt: skip
     add("--engine", choices=list(ENGINES), default="fused", help="fused: Ark's own step (default); compile: torch.compile, block by block; plain: diffusers' code")  # fmt: skip
     add("--precision", choices=["bf16", "fp8"], default="bf16", help="of the fused engine's large matrices; fp8 is faster and lossy")  # fmt: skip
-    add("--device", metavar="NAME", help="cuda or cpu (default: cuda if there is one)")
+    add("--device", choices=["cuda", "cpu"], help="default: cuda if there is one (which card: CUDA_VISIBLE_DEVICES)")  # fmt: skip
     add("--batch", type=Path, metavar="FILE", help="many prompts, see below")
     add("--json", action="store_true", help="print one JSON value instead of the table")
     args = parser.parse_args(arguments)
@@ -81,7 +81,7 @@ def outputs_of(args: argparse.Namespace, files: Any) -> Any:
     settings = {"model": files.identity, **{k: getattr(args, k) for k in ("attention", "engine", "precision")}}  # fmt: skip
     images = tuple(args.image)
     check_images(images)
-    first = Job(args.prompt or "-", args.seed, steps=args.steps, images=images)  # checks
+    first = Job("-" if args.prompt is None else args.prompt, args.seed, steps=args.steps, images=images)  # checks  # fmt: skip
     if args.batch is None:
         return Single((args.out or Path("ark.png")).expanduser(), with_size(first, size, usual), settings)  # fmt: skip
     common = {"seed": args.seed, "size": size, "steps": args.steps, "images": images}
@@ -130,9 +130,10 @@ class Console:
             combustion: what runs the transformer.
         """
         pipeline.set_progress_bar_config(desc="steps", disable=None, leave=False)
+        moved = sum(transfer.nbytes for transfer in report.transfers) or report.nbytes
         seconds = sum(transfer.seconds for transfer in report.transfers) or report.seconds
         self._load = {
-            "seconds": report.seconds, "bytes": report.nbytes, "GB/s": report.nbytes / 1e9 / seconds,
+            "seconds": report.seconds, "bytes": report.nbytes, "GB/s": moved / 1e9 / seconds,
             "importing": report.importing, "waiting": report.waiting, "transfers": list(map(str, report.transfers)),
             "before": time.perf_counter() - self._start - report.seconds,
         }  # fmt: skip

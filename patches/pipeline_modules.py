@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 
-from ..toolkit.architecture import HEAD_DIM, TEXT_TAPS, TextEncoderDims, TransformerDims, VaeDims
+from ..toolkit.architecture import (
+    HEAD_DIM,
+    NEEDED_LAYERS,
+    TextEncoderDims,
+    TransformerDims,
+    VaeDims,
+)
 from ..toolkit.dequantise import dequantise
 from ..toolkit.diffusers_keys import transformer_to_diffusers, vae_to_diffusers
 from ..toolkit.errors import ModelFileError
@@ -18,8 +24,6 @@ from ..toolkit.keys import is_diffusers_transformer, is_diffusers_vae
 from ..toolkit.model_files import ModelFiles
 from ..toolkit.paths import mmap_pin
 from ..toolkit.shipment import Shipment
-
-NEEDED_LAYERS = max(TEXT_TAPS)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from ..toolkit.architecture import (
     TransformerDims,
     VaeDims,
     check_match,
+    needed_tensors,
 )
 from ..toolkit.dequantise import stored_dtype
 from ..toolkit.errors import InputError
@@ -30,7 +32,7 @@ from ..toolkit.model_files import ModelFiles, find_model
 from ..toolkit.shipment import Shipment
 from ..toolkit.storage import available_memory
 from ..toolkit.transfer import TransferReport
-from .pipeline_modules import NEEDED_LAYERS, Modules, Part
+from .pipeline_modules import Modules, Part
 from .tokenizer import load_tokenizer
 
 ROOM = 1.15  # times the weights must be free: a picture needs some memory, too
@@ -93,21 +95,23 @@ def load_pipeline(
     (encoder, encoder_dims), (main, main_dims), (_, _) = (found[1:] for found in opened.values())
     check_match(main_dims, encoder_dims, model.text_encoder.name)
     dtype = dtype or _choose_dtype(device, stored_dtype(main, model.transformer.name), opened)
-    _check_room(device, opened)
-    parts = {}
+    _check_room(device, opened, dtype)
+    parts: dict[str, Part] = {}
     for part, (source, tensors, dims) in opened.items():
         held = [file.identity for file, _ in source.parts if file.identity in source.mapped]
         shipment = Shipment(source, tensors, device)
         parts[part] = Part(getattr(model, part).name, dims, tensors, shipment, held)
     del opened, source, tensors, encoder, main
-    imported = time.perf_counter()
-    from diffusers import (  # as long as the weights take
-        FlowMatchEulerDiscreteScheduler,
-        Flux2KleinPipeline,
-    )
+    with contextlib.ExitStack() as ended, torch.inference_mode(False), torch.no_grad():
+        for part in parts.values():  # what is still in the queue when this fails or is interrupted
+            ended.callback(part.shipment.cancel)
+        imported = time.perf_counter()
+        from diffusers import (  # as long as the weights take
+            FlowMatchEulerDiscreteScheduler,
+            Flux2KleinPipeline,
+        )
 
-    importing = time.perf_counter() - imported
-    with torch.inference_mode(False), torch.no_grad():
+        importing = time.perf_counter() - imported
         tokenizer = load_tokenizer(model)
         modules = Modules(model, parts, device, dtype, watch)
         built = [modules.text_encoder(), modules.transformer(), modules.vae()]
@@ -143,9 +147,7 @@ def _text_encoder(state_dict: dict, name: str) -> tuple[dict[str, torch.Tensor],
     prefix = r"text_encoders\.[^.]+\.transformer\."
     state_dict = strip_prefix(state_dict, prefix, "model.embed_tokens.weight")
     dims = TextEncoderDims.of(state_dict, name)
-    needed = tuple(f"model.layers.{layer}." for layer in range(NEEDED_LAYERS))
-    needed += ("model.embed_tokens.",)
-    return {k: v for k, v in state_dict.items() if k.startswith(needed)}, dims
+    return needed_tensors(state_dict), dims
 
 
 def _transformer(state_dict: dict, name: str) -> tuple[dict[str, torch.Tensor], Any]:
@@ -184,14 +186,15 @@ def _choose_dtype(device: torch.device, stored: torch.dtype, opened: dict) -> to
     return stored
 
 
-def _check_room(device: torch.device, opened: dict) -> None:
-    """Refuse what would fail after some seconds of loading."""
+def _check_room(device: torch.device, opened: dict, dtype: torch.dtype) -> None:
+    """Refuse what would fail after some seconds of loading; parts that are cast lie there twice, one at a time."""
     if device.type != "cuda":
         return
-    needed = sum(t.nbytes for _, tensors, _ in opened.values() for t in tensors.values())
+    stored = [[t.nbytes for t in ts.values() if t.dtype != dtype] for _, ts, _ in opened.values()]
+    needed = _numbers(opened) * dtype.itemsize + max(map(sum, stored))
     free = torch.cuda.mem_get_info(device)[0]
     if free < needed * ROOM:
         raise InputError(
             f"The model needs {needed * ROOM / 1e9:.1f} GB on the GPU, {free / 1e9:.1f} GB are free.",
-            "Close what uses the GPU, or choose fp8 files; ComfyUI with Ark's nodes runs on smaller cards.",
+            "Close what uses the GPU; ComfyUI with Ark's nodes runs on smaller cards, too.",
         )

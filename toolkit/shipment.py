@@ -58,6 +58,11 @@ class Shipment:
         """Bytes that have left so far."""
         return sum(sending.moved for sending in self._sendings.values())
 
+    def cancel(self) -> None:
+        """Let what has not left yet stay where it is; harmless when all has arrived."""
+        for sending in self._sendings.values():
+            sending.arrived.cancel()
+
     def arrive(self, watch: Callable[[int], None] = lambda moved: None) -> dict[str, torch.Tensor]:
         """Wait for the tensors; what no fast path could bring is copied by torch.
 

@@ -1,9 +1,12 @@
 """Weights sent ahead arrive under the names given, whatever the way."""
 
+import threading
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from ark.toolkit import ahead
 from ark.toolkit.errors import TransferFailed
 from ark.toolkit.igniter import open_model
 from ark.toolkit.shipment import Shipment
@@ -58,3 +61,13 @@ def test_the_users_interrupt_ends_the_waiting(opened, fast):
 
     with pytest.raises(KeyboardInterrupt):
         Shipment(opened, opened.tensors, CPU).arrive(stop)
+
+
+def test_what_is_given_up_in_the_queue_never_leaves(opened, fast):
+    begin = threading.Event()
+    ahead._queue.submit(begin.wait)
+    shipment = Shipment(opened, opened.tensors, CPU)
+    shipment.cancel()
+    begin.set()
+    ahead.settle()
+    assert shipment.moved == 0

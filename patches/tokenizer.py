@@ -30,11 +30,12 @@ def load_tokenizer(files: ModelFiles) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(files.tokenizer), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(files.tokenizer), local_files_only=True, trust_remote_code=False)  # fmt: skip
         names = tokenizer.convert_ids_to_tokens([THINK, END_OF_THINK])
     except Exception as error:  # a damaged folder fails in ways of its own
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelFileError(
-            f"The tokenizer in {files.tokenizer} cannot be read ({str(error).splitlines()[0]}).",
+            f"The tokenizer in {files.tokenizer} cannot be read ({why}).",
             "Download it again.",
         ) from error
     if "enable_thinking" not in str(tokenizer.chat_template or ""):

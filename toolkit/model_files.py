@@ -76,7 +76,7 @@ class ModelFiles:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             return {key: found[key] for key in found if not key.startswith("_")}
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ModelFileError(
                 f"{path} cannot be read ({error}).", "Download it again."
             ) from error

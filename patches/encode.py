@@ -33,7 +33,11 @@ class PromptEncoder:
         if prompt in self._known:
             self._known.move_to_end(prompt)
             return self._known[prompt]
-        embeds = self._known[prompt] = self._encode(*self._tokens(prompt))
+        if self._pipeline.text_encoder.config._attn_implementation == "sdpa":
+            embeds = self._encode(*self._tokens(prompt))
+        else:  # it reads masks of another kind
+            embeds = self._pipeline.encode_prompt(prompt)[0]
+        self._known[prompt] = embeds
         while len(self._known) > KEPT:
             self._known.popitem(last=False)
         return embeds

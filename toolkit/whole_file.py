@@ -18,7 +18,7 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written; nothing is left then.
     """
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    draft = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.part")  # a long name has room
     try:
         with draft.open("xb") as file:
             file.write(data)

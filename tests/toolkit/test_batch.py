@@ -151,6 +151,12 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["a.png"] and (tmp_path / "a.png").read_bytes() == b"old"
 
 
+def test_a_name_as_long_as_a_file_system_takes(tmp_path):
+    path = tmp_path / ("a" * 251 + ".png")
+    write_whole(path, b"whole")
+    assert path.read_bytes() == b"whole" and len(os.listdir(tmp_path)) == 1
+
+
 def test_a_picture_says_how_it_was_made(tmp_path):
     job = Job("ein Bär, 熊", 2**64 - 1, 256, 128, images=("x/ref.png",))
     texts = describe_picture(job, {"engine": "fused", "digest": "abc"}, NAMES)

@@ -207,7 +207,7 @@ def is_tokenizer(folder: Path) -> bool:
 
 def _find_tokenizer(text_encoder: Path) -> Path:
     """Qwen3's vocabulary: beside the text encoder, in a ComfyUI, or in Hugging Face's cache; nothing is downloaded."""
-    places = list(_tokenizer_places(text_encoder.resolve()))
+    places = list(_tokenizer_places(text_encoder))
     for place in places:
         if is_tokenizer(place):
             return place
@@ -218,12 +218,13 @@ def _find_tokenizer(text_encoder: Path) -> Path:
 
 
 def _tokenizer_places(text_encoder: Path) -> Iterator[Path]:
-    yield text_encoder.parent
-    yield text_encoder.parent / "tokenizer"
-    yield text_encoder.parent.parent / "tokenizer"
+    # a folder of models is often a link
+    ways = dict.fromkeys((text_encoder.absolute(), text_encoder.resolve()))
+    for file in ways:
+        yield from (file.parent, file.parent / "tokenizer", file.parent.parent / "tokenizer")
     hosts = [Path(os.environ["COMFYUI_PATH"])] if os.environ.get("COMFYUI_PATH") else []
     hosts += [
-        *text_encoder.parents[2:3],
+        *(host for file in ways for host in file.parents[2:3]),
         *PACK.parents[1:2],
     ]  # HOST/models/x/file, HOST/custom_nodes/ark
     for environment in (Path(sys.prefix), PACK / ".venv"):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -109,6 +110,18 @@ def test_comfyuis_own_folder_and_a_flat_one(tmp_path, encoder):
     for named in (comfyui, comfyui / "models"):
         assert find_model([named]).vae == comfyui / "models" / "vae" / VAE.name
     assert find_model([flat]).transformer == flat / KLEIN.name
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="makes a link")
+def test_a_comfyui_whose_models_are_a_link_has_its_tokenizer(tmp_path, encoder, tokenizer, monkeypatch):  # fmt: skip
+    monkeypatch.delenv("COMFYUI_PATH")
+    store = tmp_path / "store" / "much"
+    for source, name in ((KLEIN, "diffusion_models"), (encoder, "text_encoders"), (VAE, "vae")):
+        (store / name).mkdir(parents=True)
+        shutil.copy(source, store / name)
+    host = tokenizer.parents[2]
+    (host / "models").symlink_to(store)
+    assert find_model([host]).tokenizer == tokenizer
 
 
 def test_what_is_missing_is_named(tmp_path, encoder, monkeypatch):

@@ -99,7 +99,7 @@ def ignite(
     """Give a diffusers transformer an attention kernel, and let its blocks run compiled.
 
     Args:
-        transformer: a FLUX.2 transformer of diffusers, on the device that it will run on.
+        transformer: a FLUX.2 transformer of diffusers, on the device that it will run on, or a pipeline that has one.
         attention: "auto", a kernel's name, or "none" for diffusers' own.
         compile: "off", or one of torch.compile's modes, see `toolkit.compile.MODES`.
         engine: "diffusers" for the library's own forward, "fused" for Ark's step.
@@ -120,6 +120,8 @@ def ignite(
         raise InputError("The fused engine has nothing to compile.", "Set compile to off.")
     if engine == "diffusers" and precision != "bf16":
         raise InputError(f"{precision} is a precision of the fused engine.", "Set engine to fused.")
+    if not isinstance(transformer, torch.nn.Module):  # a pipeline
+        transformer = transformer.transformer
     set_on = Combustion(transformer)
     weight = next(transformer.parameters())
     hardware, kernel = probe_hardware(weight.device), None

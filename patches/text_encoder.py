@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import folder_paths
 import torch
 from comfy import sd1_clip
 
-from ..toolkit.architecture import TEXT_TAPS, TextEncoderDims
+from ..toolkit.architecture import NEEDED_LAYERS, TEXT_TAPS, TextEncoderDims, needed_tensors
 from ..toolkit.igniter import open_model, strip_prefix
 from .residency import ResidentPatcher
 from .warmup import unset, warm_up
@@ -28,7 +27,6 @@ from .weights import assign, read_quantisation, remember_origin, weight_dtype
 CHECKPOINT_PREFIX = r"text_encoders\.[^.]+\.transformer\."
 PAD_TOKEN = 151643
 ENCODER = "qwen3_4b"  # the host's name for this encoder, whatever its width
-NEEDED_LAYERS = max(TEXT_TAPS)
 _tokenizer_lock = threading.Lock()  # two threads must not build it at once
 
 
@@ -113,19 +111,6 @@ def _plain_patcher() -> dict[str, bool]:
     """What keeps newer hosts from building a patcher with dynamic VRAM, which is replaced at once."""
     known = inspect.signature(comfy.sd.CLIP.__init__).parameters
     return {"disable_dynamic": True} if "disable_dynamic" in known else {}
-
-
-def needed_tensors(
-    state_dict: dict[str, torch.Tensor], layers: int = NEEDED_LAYERS
-) -> dict[str, torch.Tensor]:
-    """The embedding and the first layers, as many as Klein reads, of the names of Hugging Face's Qwen3."""
-    layer = re.compile(r"model\.layers\.(\d+)\.")
-    return {
-        key: tensor
-        for key, tensor in state_dict.items()
-        if key.startswith("model.embed_tokens.")
-        or ((match := layer.match(key)) and int(match[1]) < layers)
-    }
 
 
 def _quantisation_options(quantisation: Any) -> dict[str, Any]:

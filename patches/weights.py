@@ -9,10 +9,10 @@ from typing import Any
 import comfy.utils
 import torch
 
+from ..toolkit.dequantise import FP8 as FP8_DTYPES
+from ..toolkit.dequantise import PLAIN as PLAIN_DTYPES
 from ..toolkit.errors import ModelFileError
 
-PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 

@@ -15,6 +15,7 @@ from .errors import ModelFileError
 
 HEAD_DIM = 128  # fixed by the four RoPE axes of 32 dimensions each
 TEXT_TAPS = (9, 18, 27)  # hidden states of Qwen3 that Klein reads, concatenated
+NEEDED_LAYERS = max(TEXT_TAPS)
 LATENT_CHANNELS = 128  # 32 channels of the VAE, packed 2x2
 SPATIAL_FACTOR = 16  # px of the picture a latent position
 
@@ -140,6 +141,19 @@ def count_blocks(state_dict: Mapping[str, torch.Tensor], prefix: str) -> int:
     """How many numbered children `prefix.0.`, `prefix.1.`, ... there are."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     return len({match[1] for key in state_dict if (match := pattern.match(key))})
+
+
+def needed_tensors(
+    state_dict: Mapping[str, torch.Tensor], layers: int = NEEDED_LAYERS
+) -> dict[str, torch.Tensor]:
+    """The embedding and the first layers, as many as Klein reads, of the names of Hugging Face's Qwen3."""
+    layer = re.compile(r"model\.layers\.(\d+)\.")
+    return {
+        key: tensor
+        for key, tensor in state_dict.items()
+        if key.startswith("model.embed_tokens.")
+        or ((match := layer.match(key)) and int(match[1]) < layers)
+    }
 
 
 def check_match(transformer: TransformerDims, text_encoder: TextEncoderDims, name: str) -> None:

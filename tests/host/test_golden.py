@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -148,3 +149,44 @@ def test_decode_equals_diffusers(golden, pipeline):
     picture = vae.decode(torch.nn.functional.pixel_shuffle(latents, 2)).sample
     expected = (picture.clamp(-1, 1) * 0.5 + 0.5).movedim(1, -1)
     assert relative_error(found["image"], expected) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def headless(comfyui, golden_models):
+    """The trigger script's pipeline from the same files: ComfyUI's names for the transformer, diffusers' for the rest."""
+    from ark.patches.pipeline import load_pipeline
+
+    folder, *_ = golden_models
+    tokenizer = comfyui / "comfy" / "text_encoders" / "qwen25_tokenizer"
+    names = ("transformer_comfy", "text_encoder", "vae")
+    made, _ = load_pipeline([*(folder / f"{name}.safetensors" for name in names), tokenizer])
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_the_headless_conditioning_and_noise_equal_the_hosts(golden, headless):
+    from ark.toolkit.noise import klein_noise
+
+    _, found = golden
+    embeds, _ = headless.encode_prompt(PROMPT)
+    assert len(headless.text_encoder.layers) == 27
+    assert relative_error(embeds, found["stock_conditioning"]) < 1e-5
+    assert torch.equal(klein_noise(7, 256, 192), found["noise"])
+
+
+@pytest.mark.parametrize("options", [{"attention": "none"}, {"engine": "fused"}], ids=str)
+def test_headless_latents_equal_the_hosts_stock_nodes(golden, headless, options):
+    from ark.patches.diffusers import ignite
+    from ark.patches.render import Renderer
+    from ark.toolkit.jobs import Job
+
+    _, found = golden
+    with ignite(headless, **options) as combustion:
+        made = Renderer(headless)(Job(PROMPT, 7, 256, 192), combustion.run)
+    # the pipeline's latents are already unpacked and un-normalised: bring the host's to the same place
+    vae = headless.vae
+    std = (vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).sqrt()
+    latents = found["stock_latents"] * std + vae.bn.running_mean.view(1, -1, 1, 1)
+    assert relative_error(made.latents, torch.nn.functional.pixel_shuffle(latents, 2)) < 1e-5
+    pixels = torch.from_numpy(np.array(made.image))[None] / 255
+    assert (pixels - found["image"]).abs().max() < 0.5 / 255 + 1e-4

@@ -24,6 +24,8 @@ class Graphs:
 
     def __init__(self) -> None:
         self.why_not: str | None = None
+        if torch.cuda.is_available() and torch.cuda.get_allocator_backend() == "cudaMallocAsync":
+            self.why_not = "cudaMallocAsync does not allow it, --disable-cuda-malloc does"
         self._seen: set[Hashable] = set()
         self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
         self._pool: tuple | None = None  # one memory for all: they never run at the same time
@@ -51,7 +53,7 @@ class Graphs:
         except RuntimeError as error:  # out of memory, or something that cannot be recorded
             self.clear()
             self.why_not = str(error).splitlines()[0]
-            log.warning("Ark fused: the step is not recorded as a CUDA graph (%s).", self.why_not)
+            log.warning("Ark: nothing is recorded as a CUDA graph (%s).", self.why_not)
             torch.cuda.empty_cache()
             return function(*inputs)
         self._recorded[key] = recorded

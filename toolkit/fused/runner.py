@@ -61,8 +61,6 @@ class Runner:
         self.device, self.precision, self.reasons = device, precision, set()
         self.operations, self.how = _operations(device)
         self.graphs = Graphs()
-        if device.type == "cuda" and torch.cuda.get_allocator_backend() == "cudaMallocAsync":
-            self.graphs.why_not = "cudaMallocAsync does not allow it, --disable-cuda-malloc does"
         self._fp8: dict[int, tuple[tuple[weakref.ref, ...], Fp8]] = {}  # by the first weight's id
 
     def __str__(self) -> str:

@@ -143,9 +143,9 @@ class Engine:
 
         @torch.compiler.disable
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-            delattr(flux, FORWARD)
             masters.changed()
-            masters.bring_back(base, device)
+            masters.bring_back(base, device)  # stays until that has worked
+            delattr(flux, FORWARD)
             return getattr(flux, FORWARD)(*args, **kwargs)
 
         setattr(flux, FORWARD, before or forward)
@@ -248,9 +248,8 @@ class Engine:
                 raise Unknown("weights are patched while they are used")
             if getattr(layer, "bias", None) is not None:
                 raise Unknown("it does not know biases")
-            weight = (
-                layer.scale if hasattr(layer, "scale") else layer.weight
-            )  # norms of older hosts
+            # norms of older hosts have a scale
+            weight = layer.scale if hasattr(layer, "scale") else layer.weight
             return like.new_empty(weight.shape) if unset else weight
 
         def plain(layer: Any) -> torch.Tensor:

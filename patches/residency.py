@@ -277,9 +277,8 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
                 self.detach()  # newer hosts do not, as theirs is no Exception
                 raise
         self.masters.cast_at_home(self.model)
-        if (
-            fast and not full_load
-        ):  # what fits comes at the speed of the link, the rest is read from there at each step
+        # what fits comes at the speed of the link, the rest is read from there at each step
+        if fast and not full_load:
             for key in self.masters.at_home(self.model) & self.masters.origins.keys():
                 self.masters.pin(self.model, key, device_to)
         self.masters.released.clear()

@@ -39,9 +39,8 @@ def sample_klein(
     samples = latent["samples"]
     _check(model, positive, samples)
     sigmas = klein_sigmas(steps, samples.shape[-2] * samples.shape[-1], denoise)
-    with ThreadPoolExecutor(
-        1
-    ) as aside:  # the noise is drawn while the prompt is copied, which waits, too
+    # the noise is drawn while the prompt is copied, which waits, too
+    with ThreadPoolExecutor(1) as aside:
         drawn = aside.submit(comfy.sample.prepare_noise, samples, seed, latent.get("batch_index"))
         # once, as the host would copy it at each step
         positive = [[tensor.to(model.load_device), options] for tensor, options in positive]

@@ -42,6 +42,7 @@ def again(args: argparse.Namespace, folder: Path, size: int) -> dict:
     import comfy.model_management
     import torch
 
+    import ark.patches.sampling  # noqa: F401  # as a server has long done
     from ark.patches.attention import set_attention
     from ark.patches.compile import set_compile
 

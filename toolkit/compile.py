@@ -1,13 +1,14 @@
 """torch.compile for one kind of block: what it traced and compiled is counted, and kept for the next process.
 
 The settings of a compilation travel with it (`config_patches`); no configuration of torch is changed, no environment
-variable set. What is kept is read in the background, where torch's compiler is imported, too.
+variable set. What is kept is read in the background, where torch's compiler is imported if it will be needed.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import inspect
 import logging
 import threading
@@ -122,10 +123,8 @@ class Compiler:
             log.warning("Ark: what was compiled is not kept (%s).", error)
 
     def _read(self) -> None:
-        """In the background: import torch's compiler, read its cache and the traces."""
+        """In the background: read torch's cache and the traces; without any, import torch's compiler."""
         try:
-            import torch._inductor.compile_fx  # noqa: F401
-
             self.keeps_traces = self.mode != "reduce-overhead" and traces.available()
             files = sorted(self.cache.glob("*.bin"))
             self._fresh = not files
@@ -136,6 +135,10 @@ class Compiler:
                         log.warning("Ark: %s is damaged and not used.", file)
             for file in sorted(self.cache.glob("*.trace")) if self.keeps_traces else ():
                 self._read_trace(file)
+            if (
+                not self._ready
+            ):  # else most likely nothing is compiled, and this takes as long as all of the above
+                importlib.import_module("torch._inductor.compile_fx")
         except Exception as error:  # torch's own way remains
             if threading.main_thread().is_alive():  # else the process ends before anyone compiled
                 log.warning("Ark compile: %s is not used (%s: %s).", self.cache, type(error).__name__, error)  # fmt: skip

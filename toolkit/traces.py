@@ -338,8 +338,11 @@ def fact(value: Any) -> tuple:
     if isinstance(value, (dict, list, tuple)):
         if not value:
             return "empty", kind.__name__
-        keys = [key if isinstance(key, str) else "" for key in value] if isinstance(value, dict) else [len(value)]  # fmt: skip
-        return "other", kind.__name__, *keys
+        if not isinstance(value, dict):
+            return "other", kind.__name__, len(value)
+        # torch marks torch.nn.Module once it has traced anything, with three underscores
+        keys = [key if isinstance(key, str) else "" for key in value]
+        return "other", kind.__name__, *(key for key in keys if not key.startswith("___"))
     if isinstance(value, torch.nn.Module):
         return "other", _class_fact(kind), *sorted(vars(value).keys() & _attributes(kind))
     if kind is types.MethodType:  # made anew at each look

@@ -20,6 +20,8 @@ def attend_flat(kernel: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
         [B, seq_len, num_heads * head_dim].
     """
     if torch.compiler.is_compiling():
+        # kernels lay their result out as q is: [B, seq_len, num_heads, head_dim] needs no copy to become flat
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
         return torch.ops.ark.attention(q, k, v, kernel)
     return _run(q, k, v, kernel)
 

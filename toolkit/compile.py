@@ -135,9 +135,7 @@ class Compiler:
                         log.warning("Ark: %s is damaged and not used.", file)
             for file in sorted(self.cache.glob("*.trace")) if self.keeps_traces else ():
                 self._read_trace(file)
-            if (
-                not self._ready
-            ):  # else most likely nothing is compiled, and this takes as long as all of the above
+            if not self._ready:  # else most likely nothing is compiled, and this takes seconds
                 importlib.import_module("torch._inductor.compile_fx")
         except Exception as error:  # torch's own way remains
             if threading.main_thread().is_alive():  # else the process ends before anyone compiled

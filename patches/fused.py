@@ -16,7 +16,7 @@ import comfy.model_management
 import torch
 
 from ..toolkit.errors import InputError
-from ..toolkit.fused.matrix import FP8, Fp8, Matrix, Plain
+from ..toolkit.fused.matrix import Matrix, Plain
 from ..toolkit.fused.runner import COMPUTED, PRECISIONS, Runner, Unknown
 from ..toolkit.step import SingleBlock, Stream, Weights
 from .guard import OVERRIDE, PLAIN, add_guard
@@ -261,7 +261,8 @@ class Engine:
         def matrix(layer: Any) -> Matrix:
             if layer not in copies:
                 weight = tensor(layer)
-                copies[layer] = _fp8_of_the_file(weight, like) if hasattr(weight, "_qdata") else self.runner.matrix(like, weight)  # fmt: skip
+                of_file = hasattr(weight, "_qdata")
+                copies[layer] = self.runner.matrix_of_file(like, *_quantised(weight)) if of_file else self.runner.matrix(like, weight)  # fmt: skip
             return copies[layer]
 
         def stream(block: Any, name: str) -> Stream:
@@ -288,13 +289,10 @@ class Engine:
         )
 
 
-def _fp8_of_the_file(weight: Any, like: torch.Tensor) -> Fp8:
-    """A weight that the host keeps in fp8, with one scale for all of it, by reference."""
+def _quantised(weight: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Data and scale of a weight that the host keeps in fp8."""
     params = getattr(weight, "_params", None)
     scale = getattr(params, "scale", None) if params is not None else weight._layout_params["scale"]
-    if weight._qdata.dtype != FP8 or not isinstance(scale, torch.Tensor) or scale.numel() != 1:
+    if not isinstance(scale, torch.Tensor):
         raise Unknown(f"it does not know weights quantised as {weight._qdata.dtype}")
-    if weight._qdata.device != like.device:
-        raise Unknown(f"weights are on {weight._qdata.device}")
-    outputs = weight._qdata.shape[0]
-    return Fp8(weight._qdata, scale.float().reshape(1, 1).expand(1, outputs).contiguous(), like.dtype)  # fmt: skip
+    return weight._qdata, scale

@@ -21,7 +21,7 @@ def attach_fused(transformer: torch.nn.Module, precision: str, kernel: str | Non
     """Let a transformer run the fused step.
 
     Weights are read where they lie at each call; after a change in place (a LoRA that is fused into them), attach again if
-    the precision is fp8, as the fp8 copies are made once.
+    copies are made of them, as that is done once: in fp8, or of weights in another dtype than the latents'.
 
     Args:
         transformer: diffusers' `Flux2Transformer2DModel` of a Klein, on the device that it will run on.

@@ -24,6 +24,7 @@ from ark.patches.residency import ResidentPatcher  # noqa: E402
 from ark.patches.sampling import sample_klein  # noqa: E402
 from ark.patches.transformer import load_transformer  # noqa: E402
 from ark.toolkit import igniter  # noqa: E402
+from ark.toolkit.fused.matrix import Fp8  # noqa: E402
 from ark.toolkit.kernels import KERNELS, AttentionKernel  # noqa: E402
 
 found = {}
@@ -137,7 +138,7 @@ with torch.inference_mode():
     first = sample(low)
     found["fp8_error"] = difference(first, expected)
     found["fp8_repeats"] = torch.equal(sample(low), first)
-    found["fp8_matrices"] = len(engine_of(low)._fp8)
+    found["fp8_matrices"] = sum(isinstance(made, Fp8) for _, made in engine_of(low)._made.values())
     changed = sample(with_lora(low, 1.0, 0.05))
     found["fp8_lora"] = [
         difference(changed, first),
@@ -145,7 +146,7 @@ with torch.inference_mode():
     ]
     found["fp8_again"] = torch.equal(sample(low), first)
     comfy.model_management.unload_all_models()
-    found["fp8_after_unload"] = len(engine_of(low)._fp8)
+    found["fp8_after_unload"] = len(engine_of(low)._made)
     found["fp8_reloaded"] = torch.equal(sample(low), first)
 
     # two settings in turns, none disturbs the other

@@ -141,14 +141,14 @@ def test_the_fused_engine_in_fp8_follows_its_weights(transformer):
     with patch.ignite(transformer, "none", engine="fused", precision="fp8") as combustion:
         low = run(transformer)
         assert 0 < (low - expected).norm() < 0.1 * expected.norm()
-        assert len(combustion.runner._fp8) == 20  # 4 a stream, 2 a single block
+        assert len(combustion.runner._made) == 20  # 4 a stream, 2 a single block
         attn = transformer.transformer_blocks[0].attn
         attn.to_k.weight = torch.nn.Parameter(-4 * attn.to_k.weight, requires_grad=False)
         changed = run(transformer)
     reference = run(transformer)
     assert (changed - reference).norm() < 0.02 * reference.norm()
     assert (changed - reference).norm() < 0.5 * (low - reference).norm()
-    assert not combustion.runner._fp8
+    assert not combustion.runner._made
 
 
 def test_what_the_fused_engine_does_not_know_goes_to_the_library(transformer, caplog):

@@ -18,7 +18,7 @@ from ..kernels import KERNELS
 from ..kernels.op import attend_flat
 from . import reference
 from .graph import Graphs
-from .matrix import Fp8, Joined, Matrix, Plain
+from .matrix import FP8, Fp8, Joined, Matrix, Plain
 
 PRECISIONS = ("bf16", "fp8")
 STORED = (
@@ -61,7 +61,7 @@ class Runner:
         self.device, self.precision, self.reasons = device, precision, set()
         self.operations, self.how = _operations(device)
         self.graphs = Graphs()
-        self._fp8: dict[int, tuple[tuple[weakref.ref, ...], Fp8]] = {}  # by the first weight's id
+        self._made: dict[int, tuple[tuple[weakref.ref, ...], Any]] = {}  # by the first tensor's id
 
     def __str__(self) -> str:
         graphs = f"no CUDA graph ({self.graphs.why_not})" if self.graphs.why_not else f"{self.graphs.recorded} CUDA graphs"  # fmt: skip
@@ -106,13 +106,8 @@ class Runner:
         Raises:
             Unknown: it lies elsewhere, or in a way that the step does not know.
         """
-        if like.dtype not in COMPUTED:
-            raise Unknown(f"it does not compute in {like.dtype}")
-        if weight.device != like.device:
-            raise Unknown(f"weights are on {weight.device}")
-        if hasattr(weight, "__tensor_flatten__") or weight.dtype not in STORED:
-            raise Unknown(f"it does not know weights of {weight.dtype}")
-        return weight.to(like.dtype)
+        self._check(weight, like)
+        return weight if weight.dtype == like.dtype else self._keep((weight,), lambda: weight.to(like.dtype))  # fmt: skip
 
     def matrix(self, like: torch.Tensor, *parts: torch.Tensor) -> Matrix:
         """A block's matrix in the precision asked for, of one weight, or of several whose outputs stand side by side.
@@ -120,18 +115,51 @@ class Runner:
         Raises:
             Unknown: see `plain`.
         """
-        whole = [self.plain(part, like) for part in parts]
         if self.precision == "fp8":
-            made_of, made = self._fp8.get(id(parts[0]), ((), None))
-            if made is None or any(r() is not p for r, p in zip(made_of, parts, strict=True)):
-                made = Fp8.of(torch.cat(whole) if len(whole) > 1 else whole[0], self.operations.quantise)  # fmt: skip
-                self._fp8[id(parts[0])] = tuple(map(weakref.ref, parts)), made
-            return made
-        return Joined(tuple(whole)) if len(whole) > 1 else Plain(whole[0])
+            for part in parts:
+                self._check(part, like)
+            return self._keep(parts, lambda: Fp8.of(torch.cat([part.to(like.dtype) for part in parts]), self.operations.quantise))  # fmt: skip
+        whole = tuple(self.plain(part, like) for part in parts)
+        return Joined(whole) if len(whole) > 1 else Plain(*whole)
+
+    def matrix_of_file(self, like: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> Fp8:
+        """A block's matrix that is in fp8 already.
+
+        Args:
+            like: has the dtype to compute in, and the device.
+            data: [out, in] float8_e4m3fn.
+            scale: one number for all of it.
+
+        Raises:
+            Unknown: see `plain`.
+        """
+        if data.dtype != FP8 or scale.numel() != 1:
+            raise Unknown(f"it does not know weights quantised as {data.dtype}")
+        if data.device != like.device:
+            raise Unknown(f"weights are on {data.device}")
+        scales = self._keep((scale,), lambda: scale.float().reshape(1, 1).expand(1, len(data)).contiguous())  # fmt: skip
+        return Fp8(data, scales, like.dtype)
+
+    def _check(self, weight: torch.Tensor, like: torch.Tensor) -> None:
+        if like.dtype not in COMPUTED:
+            raise Unknown(f"it does not compute in {like.dtype}")
+        if weight.device != like.device:
+            raise Unknown(f"weights are on {weight.device}")
+        if hasattr(weight, "__tensor_flatten__") or weight.dtype not in STORED:
+            raise Unknown(f"it does not know weights of {weight.dtype}")
+
+    def _keep(self, parts: tuple[torch.Tensor, ...], make: Callable[[], Any]) -> Any:
+        """What was made of tensors before, while they are the same; recordings read it, so that it must stay."""
+        made_of, made = self._made.get(id(parts[0]), ((), None))
+        if made is None or any(r() is not p for r, p in zip(made_of, parts, strict=True)):
+            made = make()
+            self._made = {key: kept for key, kept in self._made.items() if all(r() is not None for r in kept[0])}  # fmt: skip
+            self._made[id(parts[0])] = tuple(map(weakref.ref, parts)), made
+        return made
 
     def release(self) -> None:
         """Give up everything that lies on the device."""
-        self._fp8.clear()
+        self._made.clear()
         self.graphs.clear()
 
 

@@ -83,7 +83,7 @@ def write_pipeline(folder: Path, tokenizer: Path | None, tiny: bool) -> Path:
         )  # fmt: skip
         vae = AutoencoderKLFlux2(block_out_channels=tuple(width * m for m in (1, 2, 4, 4)))
         text_encoder = Qwen3ForCausalLM(config)
-    vocabulary = load_tokenizer(find_model([tokenizer] if tokenizer else []))
+    vocabulary = load_tokenizer(tokenizer or find_model([]).tokenizer)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     pipeline = Flux2KleinPipeline(scheduler, vae, text_encoder, vocabulary, transformer, is_distilled=True)  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)

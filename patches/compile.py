@@ -7,6 +7,7 @@ What a block needs not know (its index, the step's sigmas) is kept from it, so t
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -130,7 +131,9 @@ class CompiledBlock(torch.nn.Module):
         super().__init__()
         self.block = block
         self.recorded = compiler.mode == "reduce-overhead"
-        self.run = compiler(_double if hasattr(block, "img_attn") else _single, _mark_lengths)
+        double = hasattr(block, "img_attn")
+        self.run = compiler(_double if double else _single, _mark_lengths)
+        self.run_rotating = compiler(_double_rotating if double else _single_rotating, _mark_lengths)  # fmt: skip
 
     def forward(self, *args: Any, transformer_options: dict | None = None, **kwargs: Any) -> Any:
         """As the host's block."""
@@ -138,7 +141,8 @@ class CompiledBlock(torch.nn.Module):
         if any(name in options.get("patches", {}) for name in EAGER_PATCHES):
             return self.block(*args, transformer_options=options, **kwargs)
         lean = {OVERRIDE: options[OVERRIDE]} if OVERRIDE in options else {}
-        result = self.run(self.block, *args, transformer_options=lean, **kwargs)
+        run = self.run_rotating if hasattr(options.get(OVERRIDE), "kernel") else self.run
+        result = run(self.block, *args, transformer_options=lean, **kwargs)
         if self.recorded:  # the next block's recording may write where this result lies
             return (
                 result.clone()
@@ -163,6 +167,32 @@ def _double(block, img, txt, *args, **kwargs):
 
 def _single(block, x, *args, **kwargs):
     return block(x.clone(), *args, **kwargs)
+
+
+def _double_rotating(block, img, txt, *args, pe, transformer_options, **kwargs):
+    options = _rotating(transformer_options[OVERRIDE], pe)
+    return _double(block, img, txt, *args, pe=None, transformer_options=options, **kwargs)
+
+
+def _single_rotating(block, x, *args, pe, transformer_options, **kwargs):
+    options = _rotating(transformer_options[OVERRIDE], pe)
+    return _single(block, x, *args, pe=None, transformer_options=options, **kwargs)
+
+
+def _rotating(override: Callable, pe: torch.Tensor) -> dict[str, Callable]:
+    """Options in which one of Ark's kernels turns q and k itself, as ComfyUI's own kernel for that keeps norms apart."""
+
+    def rotating(func, q, k, v, *args, **kwargs):
+        return override(func, _rotate(q, pe), _rotate(k, pe), v, *args, **kwargs)
+
+    return {OVERRIDE: rotating}
+
+
+def _rotate(x: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
+    """Turn pairs of numbers: x [B, num_heads, seq_len, head_dim], pe [1, 1, seq_len, head_dim / 2, 2, 2] of rotations."""
+    pairs = x.unflatten(-1, (-1, 2)).to(pe.dtype)
+    own, other = (matrix.diagonal(dim1=-2, dim2=-1) for matrix in (pe, pe.flip(-1)))
+    return (pairs * own + pairs.flip(-1) * other).flatten(-2).to(x.dtype)
 
 
 def _is_quantised(weight: torch.Tensor) -> bool:

@@ -112,7 +112,7 @@ def load_pipeline(
         )
 
         importing = time.perf_counter() - imported
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(model.tokenizer)
         modules = Modules(model, parts, device, dtype, watch)
         built = [modules.text_encoder(), modules.transformer(), modules.vae()]
     settings = model.settings("scheduler", "scheduler_config.json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import comfy.model_base
@@ -39,12 +38,10 @@ def sample_klein(
     samples = latent["samples"]
     _check(model, positive, samples)
     sigmas = klein_sigmas(steps, samples.shape[-2] * samples.shape[-1], denoise)
-    # the noise is drawn while the prompt is copied, which waits, too
-    with ThreadPoolExecutor(1) as aside:
-        drawn = aside.submit(comfy.sample.prepare_noise, samples, seed, latent.get("batch_index"))
-        # once, as the host would copy it at each step
-        positive = [[tensor.to(model.load_device), options] for tensor, options in positive]
-        noise = drawn.result()
+    waits = not comfy.model_management.device_supports_non_blocking(model.load_device)
+    # once, as the host would copy it at each step
+    positive = [[tensor.to(model.load_device, non_blocking=not waits), options] for tensor, options in positive]  # fmt: skip
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": positive})
     guider.set_cfg(1.0)

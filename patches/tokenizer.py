@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ..toolkit.errors import ModelFileError
-from ..toolkit.model_files import ModelFiles
 
 THINK, END_OF_THINK = 151667, 151668  # some vocabularies have other names for them
 PAD = "<|endoftext|>"
@@ -15,11 +15,11 @@ TEMPLATE = (
 )
 
 
-def load_tokenizer(files: ModelFiles) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     """Build transformers' tokenizer from a folder; nothing is looked up elsewhere.
 
     Args:
-        files: whose `tokenizer` folder is read.
+        folder: with the vocabulary, see `toolkit.model_files.ModelFiles`.
 
     Returns:
         A tokenizer that the pipeline takes. A template that knows `enable_thinking` is Qwen3's own and stays.
@@ -30,18 +30,18 @@ def load_tokenizer(files: ModelFiles) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(files.tokenizer), local_files_only=True, trust_remote_code=False)  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)  # fmt: skip
         names = tokenizer.convert_ids_to_tokens([THINK, END_OF_THINK])
     except Exception as error:  # a damaged folder fails in ways of its own
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelFileError(
-            f"The tokenizer in {files.tokenizer} cannot be read ({why}).",
+            f"The tokenizer in {folder} cannot be read ({why}).",
             "Download it again.",
         ) from error
     if "enable_thinking" not in str(tokenizer.chat_template or ""):
         if None in names:
             raise ModelFileError(
-                f"The tokenizer in {files.tokenizer} is not Qwen3's.",
+                f"The tokenizer in {folder} is not Qwen3's.",
                 "Name the folder of Klein's own.",
             )
         tokenizer.chat_template = TEMPLATE.replace("THINK", names[0]).replace("END", names[1])

@@ -249,7 +249,7 @@ class Engine:
             if getattr(layer, "bias", None) is not None:
                 raise Unknown("it does not know biases")
             # norms of older hosts have a scale
-            weight = layer.scale if hasattr(layer, "scale") else layer.weight
+            weight = layer.scale if "scale" in layer._parameters else layer.weight
             return like.new_empty(weight.shape) if unset else weight
 
         def plain(layer: Any) -> torch.Tensor:

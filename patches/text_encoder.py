@@ -21,6 +21,7 @@ from comfy import sd1_clip
 from ..toolkit.architecture import NEEDED_LAYERS, TEXT_TAPS, TextEncoderDims, needed_tensors
 from ..toolkit.igniter import open_model, strip_prefix
 from .residency import ResidentPatcher
+from .text_engine import TextEngine
 from .warmup import unset, warm_up
 from .weights import assign, read_quantisation, remember_origin, weight_dtype
 
@@ -89,6 +90,7 @@ def load_text_encoder(path: str | Path, ahead: bool = True) -> tuple[Any, TextEn
     transformer.model.norm = None  # the last tap is read before any norm
     assign(transformer, wanted, name)
     clip.patcher = ResidentPatcher.of(clip.patcher, opened)
+    getattr(clip.cond_stage_model, ENCODER).engine = TextEngine(clip.patcher.masters)
     remember_origin(clip.patcher, lambda file: load_text_encoder(file)[0].patcher, path)
     return clip, dims
 
@@ -170,6 +172,14 @@ def _text_encoder_class(taps: tuple[int, ...] = TEXT_TAPS) -> type:
     """Qwen3 with Klein's three taps, the same on both hosts."""
 
     class KleinQwen3(sd1_clip.SDClipModel):
+        engine = None  # set where the device is a fast one
+
+        def forward(self, tokens):
+            if self.engine is None or (layers := self.engine.layers(self.transformer.model)) is None:  # fmt: skip
+                return super().forward(tokens)
+            embeds, present, *_ = self.process_tokens(tokens, self.execution_device)
+            return self.engine.run(layers, embeds, present), None, {"attention_mask": present}
+
         def __init__(self, device="cpu", dtype=None, model_options=None, **_):
             super().__init__(
                 device=device,

@@ -69,8 +69,12 @@ def hidden_states(
     states = []
     for number, layer in enumerate(layers[: max(taps)], 1):
         h = F.rms_norm(x, x.shape[-1:], layer.attn_norm, EPS).to(layer.q.dtype)
-        q = _rotate(F.rms_norm(_heads(h, layer.q).float(), (HEAD_DIM,), layer.q_norm, EPS), cos, sin)
-        k = _rotate(F.rms_norm(_heads(h, layer.k).float(), (HEAD_DIM,), layer.k_norm, EPS), cos, sin)
+        q = _rotate(
+            F.rms_norm(_heads(h, layer.q).float(), (HEAD_DIM,), layer.q_norm, EPS), cos, sin
+        )
+        k = _rotate(
+            F.rms_norm(_heads(h, layer.k).float(), (HEAD_DIM,), layer.k_norm, EPS), cos, sin
+        )
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, _heads(h, layer.v)))
         q, k = q.to(v.dtype), k.to(v.dtype)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)

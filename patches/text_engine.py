@@ -23,8 +23,6 @@ class TextEngine:
 
     def __init__(self, masters: Any):
         self.graphs = Graphs()
-        if torch.cuda.is_available() and torch.cuda.get_allocator_backend() == "cudaMallocAsync":
-            self.graphs.why_not = "cudaMallocAsync does not allow it"
         self._layers: list[Layer] | None = None
         masters.watchers.add(self)
 

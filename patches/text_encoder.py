@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import logging
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import comfy.text_encoders.z_image
 import folder_paths
 import torch
 from comfy import sd1_clip
+from comfy.cli_args import args
 
 from ..toolkit.architecture import NEEDED_LAYERS, TEXT_TAPS, TextEncoderDims, needed_tensors
 from ..toolkit.igniter import open_model, strip_prefix
@@ -28,6 +30,7 @@ from .weights import assign, read_quantisation, remember_origin, weight_dtype
 CHECKPOINT_PREFIX = r"text_encoders\.[^.]+\.transformer\."
 PAD_TOKEN = 151643
 ENCODER = "qwen3_4b"  # the host's name for this encoder, whatever its width
+log = logging.getLogger("ark")
 _tokenizer_lock = threading.Lock()  # two threads must not build it at once
 
 
@@ -103,10 +106,22 @@ def _encode_shallow(options: dict[str, Any], weights: dict, device: torch.device
         device=torch.device("meta"), dtype=options["dtype"], model_options=options
     )
     transformer = getattr(encoder, ENCODER).transformer
+    getattr(encoder, ENCODER).engine = TextEngine()
     transformer.model.norm = None
     assign(transformer, unset(needed_tensors(weights, 3), device), "the text encoder")
     encoder.set_clip_options({"execution_device": device})
     encoder.encode_token_weights({ENCODER: [[(0, 1.0)] * 512]})
+
+
+def _deliver(tensor: torch.Tensor) -> torch.Tensor:
+    """Bring a result to where the host wants it: from a GPU in one copy to pinned memory, which the sampler reads fast."""
+    device = comfy.model_management.intermediate_device()
+    if tensor.device.type == "cuda" and device.type == "cpu" and not args.disable_pinned_memory:
+        try:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+        except RuntimeError:  # there is no more such memory
+            log.debug("Ark text encoder: a result goes to memory that is not pinned.")
+    return tensor.to(device)
 
 
 def _plain_patcher() -> dict[str, bool]:
@@ -172,13 +187,21 @@ def _text_encoder_class(taps: tuple[int, ...] = TEXT_TAPS) -> type:
     """Qwen3 with Klein's three taps, the same on both hosts."""
 
     class KleinQwen3(sd1_clip.SDClipModel):
-        engine = None  # set where the device is a fast one
+        engine = None  # set on the object
 
         def forward(self, tokens):
-            if self.engine is None or (layers := self.engine.layers(self.transformer.model)) is None:  # fmt: skip
+            if (found := self.taps_of(tokens)) is None:
                 return super().forward(tokens)
-            embeds, present, *_ = self.process_tokens(tokens, self.execution_device)
-            return self.engine.run(layers, embeds, present), None, {"attention_mask": present}
+            states, present = found
+            return states.transpose(1, 2), None, {"attention_mask": present}
+
+        def taps_of(self, tokens):
+            """[B, seq_len, taps, C] fp32 and the mask [B, seq_len] by the engine; None if the host has to run."""
+            layers = self.engine and self.engine.layers(self.transformer.model)
+            if not layers:
+                return None
+            embeds, present, *_ = self.process_tokens(tokens, layers[0].q.device)
+            return self.engine.run(layers, embeds, present, taps), present
 
         def __init__(self, device="cpu", dtype=None, model_options=None, **_):
             super().__init__(
@@ -204,5 +227,18 @@ def _text_encoder_class(taps: tuple[int, ...] = TEXT_TAPS) -> type:
                 name=ENCODER,
                 clip_model=KleinQwen3,
             )
+
+        def encode_token_weights(self, token_weight_pairs):
+            sections = token_weight_pairs[ENCODER]
+            # a weight needs the host's arithmetic; Klein's tokenizer makes none
+            if not sections or any(pair[1] != 1.0 for section in sections for pair in section):
+                return super().encode_token_weights(token_weight_pairs)
+            found = getattr(self, ENCODER).taps_of([[pair[0] for pair in section] for section in sections])  # fmt: skip
+            if found is None:
+                return super().encode_token_weights(token_weight_pairs)
+            states, present = found
+            # [B, seq_len, taps, C] to [1, B * seq_len, taps * C], all of it in place
+            conditioning = states.flatten(2).flatten(0, 1).unsqueeze(0)
+            return _deliver(conditioning), None, {"attention_mask": _deliver(present.flatten()[None])}  # fmt: skip
 
     return KleinTextEncoder

@@ -21,7 +21,9 @@ from comfy import sd1_clip
 from comfy.cli_args import args
 
 from ..toolkit.architecture import NEEDED_LAYERS, TEXT_TAPS, TextEncoderDims, needed_tensors
+from ..toolkit.embeddings import Embeddings
 from ..toolkit.igniter import open_model, strip_prefix
+from .cached_clip import CachedCLIP, encoder_name
 from .residency import ResidentPatcher
 from .text_engine import TextEngine
 from .warmup import unset, warm_up
@@ -42,10 +44,10 @@ def load_text_encoder(path: str | Path, ahead: bool = True) -> tuple[Any, TextEn
 
     Args:
         path: safetensors, alone, in shards or in a checkpoint; bf16, fp16, fp32 or fp8.
-        ahead: let the weights leave for the device at once.
+        ahead: let the weights leave for the device at once, unless prompts of this encoder are kept on disk.
 
     Returns:
-        The host's CLIP and the dimensions read from the file.
+        The host's CLIP, which remembers its prompts, and the dimensions read from the file.
 
     Raises:
         ModelFileError: the file is damaged, of another kind, or quantised in a way that is not supported.
@@ -60,7 +62,9 @@ def load_text_encoder(path: str | Path, ahead: bool = True) -> tuple[Any, TextEn
     if quantisation is None:
         weight_dtype(state_dict, name)  # refuses what Klein does not run from
     device = comfy.model_management.text_encoder_device()
-    if ahead:
+    embeddings = Embeddings(encoder_name(opened, device))
+    # else its prompts are likely to be known, and the encoder is sent when one is not
+    if ahead and not embeddings.any_saved():
         ResidentPatcher.send_ahead(opened, wanted, device)
 
     class Target:
@@ -95,7 +99,7 @@ def load_text_encoder(path: str | Path, ahead: bool = True) -> tuple[Any, TextEn
     clip.patcher = ResidentPatcher.of(clip.patcher, opened)
     getattr(clip.cond_stage_model, ENCODER).engine = TextEngine(clip.patcher.masters)
     remember_origin(clip.patcher, lambda file: load_text_encoder(file)[0].patcher, path)
-    return clip, dims
+    return CachedCLIP.of(clip, embeddings), dims
 
 
 def _encode_shallow(options: dict[str, Any], weights: dict, device: torch.device) -> None:

@@ -36,4 +36,11 @@ class ArkExtension(ComfyExtension):
                 error,
             )
         prepare_in_background()
-        return [ArkFastLoader, ArkTextEncode, ArkSageCombustion, ArkPrewarm, ArkSampler4Step, ArkReport]
+        return [
+            ArkFastLoader,
+            ArkTextEncode,
+            ArkSageCombustion,
+            ArkPrewarm,
+            ArkSampler4Step,
+            ArkReport,
+        ]

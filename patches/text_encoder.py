@@ -204,8 +204,19 @@ def _text_encoder_class(taps: tuple[int, ...] = TEXT_TAPS) -> type:
             layers = self.engine and self.engine.layers(self.transformer.model)
             if not layers:
                 return None
-            embeds, present, *_ = self.process_tokens(tokens, layers[0].q.device)
+            embeds, present = self.embed(tokens, layers[0].q.device)
             return self.engine.run(layers, embeds, present, taps), present
+
+        def embed(self, tokens, device):
+            """As the host's `process_tokens`, which goes through them one by one."""
+            usual = all({*map(type, section)} == {int} and section[0] != PAD_TOKEN for section in tokens)  # fmt: skip
+            if not usual:
+                return self.process_tokens(tokens, device)[:2]
+            lengths = [(*section, PAD_TOKEN).index(PAD_TOKEN) for section in tokens]
+            ids, lengths = (torch.tensor(numbers, device=device) for numbers in (tokens, lengths))
+            embeds = self.transformer.get_input_embeddings()(ids, out_dtype=torch.float32)
+            present = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+            return embeds, present.long()
 
         def __init__(self, device="cpu", dtype=None, model_options=None, **_):
             super().__init__(

@@ -30,7 +30,10 @@ from ark.patches.text_encoder import ENCODER, load_text_encoder  # noqa: E402
 from ark.patches.transformer import load_transformer  # noqa: E402
 from ark.toolkit import igniter  # noqa: E402
 
-PROMPT, KEPT = "a small red circle to the left of a large blue star", out.with_name("kept.safetensors")
+PROMPT, KEPT = (
+    "a small red circle to the left of a large blue star",
+    out.with_name("kept.safetensors"),
+)
 igniter.IN_MEMORY = 0  # map the small files, too, as large ones are
 ResidentPatcher.fast_devices = ("cuda", "cpu")  # and send them
 found = {"same": {}, "differs": {}, "sources": {}}

@@ -20,7 +20,16 @@ def found(comfyui, run_in_host, tmp_path_factory) -> dict:
 
 def test_the_same_conditioning_in_fp32(found):
     assert found["host_ran"] and found["engine_ran"]
-    names = {"plain", "empty", "long", "sections", "weights", "lora", "lora_removed", "hook_removed"}
+    names = {
+        "plain",
+        "empty",
+        "long",
+        "sections",
+        "weights",
+        "lora",
+        "lora_removed",
+        "hook_removed",
+    }
     assert found["errors"].keys() == names
     assert all(error < LIMIT for error in found["errors"].values()), found["errors"]
     assert found["lora_matters"] > 100 * LIMIT
@@ -37,6 +46,10 @@ def test_where_it_does_not_fit_the_host_runs_and_a_reason_is_kept(found):
     assert found["reasons"] == ["its weights are on cpu"]
     assert found["hook_matters"] > 100 * LIMIT
     assert "another node has hooks on the text encoder" in found["all_reasons"]
+
+
+def test_tokens_are_read_as_the_host_reads_them(found):
+    assert found["embedded"] == [True] * 10
 
 
 def test_bf16_is_no_further_off_than_the_host_in_bf16(found):

@@ -28,8 +28,6 @@ PROMPTS = {
 found = {"errors": {}}
 
 
-
-
 def encode(clip, text):
     """Without the cache of embeddings."""
     return comfy.sd.CLIP.encode_from_tokens(clip, clip.tokenize(text))
@@ -56,7 +54,9 @@ def host_in_bf16(text):
 with torch.inference_mode():
     clip, _ = load_text_encoder(embedded_text_encoder())
     model = getattr(clip.cond_stage_model, ENCODER)
-    expected = {name: encode(clip, text) for name, text in PROMPTS.items()}  # bf16 weights, fp32 arithmetic
+    expected = {
+        name: encode(clip, text) for name, text in PROMPTS.items()
+    }  # bf16 weights, fp32 arithmetic
     found["host_ran"], found["reasons"] = model.engine._layers is None, sorted(model.engine.reasons)
 
     # in bf16 it is no further off than the host in bf16
@@ -66,6 +66,21 @@ with torch.inference_mode():
         for name, text in PROMPTS.items()
     ]  # fmt: skip
     found["bf16_layers"] = len(model.engine._layers)
+
+    # the tokens as the host reads them: usual ones, several sections, padding first, embeddings of a file among them
+    plain = [pair[0] for pair in clip.tokenize(PROMPTS["plain"])[ENCODER][0]]
+    for tokens in (
+        [plain],
+        [plain, plain[5:] + plain[:5]],
+        [plain[::-1]],
+        [[torch.ones(64), *plain]],
+        [plain[:9]],
+    ):
+        mine, host_s = (
+            model.embed(tokens, torch.device("cpu")),
+            model.process_tokens(tokens, torch.device("cpu")),
+        )
+        found["embedded"] = [*found.get("embedded", []), *map(torch.equal, mine, host_s[:2])]
 
     # the rest in fp32
     model.transformer.float()

@@ -95,3 +95,33 @@ def test_matrices_that_lie_together_are_one():
         assert isinstance(joined, Joined)
         x = torch.randn(2, 4)
         torch.testing.assert_close(joined(x), x @ torch.cat(apart).T)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [512, 77, 700])
+def test_on_a_gpu_a_recording_gives_what_transformers_gives_in_fp32(model, length):
+    from ark.toolkit.fused.graph import Graphs
+    from ark.toolkit.fused.runner import operations_for
+
+    device = torch.device("cuda")
+    operations, how = operations_for(device)
+    assert how == "operations in Triton"
+    layers = record(copy.deepcopy(model).to(device), torch.bfloat16)
+    graphs = Graphs()
+    if graphs.why_not:
+        pytest.skip(graphs.why_not)
+    torch.manual_seed(2)
+    for turn in range(4):  # the second one is recorded, later ones are replayed
+        embeds = torch.randn(1, length, WIDTH)
+        present = torch.arange(length)[None] < (length // 3 + turn if turn else length)
+        found = graphs.run(
+            "key",
+            lambda x, mask: qwen3.hidden_states(layers, x, mask, TAPS, operations),
+            embeds.to(device),
+            present.to(device),
+        ).cpu()
+        exact = by_transformers(model, embeds, present)
+        other = by_transformers(copy.deepcopy(model).bfloat16(), embeds.bfloat16(), present).float()
+        assert 0 < (found - exact).norm() <= 1.1 * (other - exact).norm()
+    assert graphs.recorded == 1
+    graphs.clear()

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from ..toolkit.embedded import cache_folder, embedded_folders
 from .combustion import ArkSageCombustion
+from .encode import ArkTextEncode
 from .load import ArkFastLoader
 from .prepare import prepare_in_background
 from .prewarm import ArkPrewarm
@@ -35,4 +36,11 @@ class ArkExtension(ComfyExtension):
                 error,
             )
         prepare_in_background()
-        return [ArkFastLoader, ArkSageCombustion, ArkPrewarm, ArkSampler4Step, ArkReport]
+        return [
+            ArkFastLoader,
+            ArkTextEncode,
+            ArkSageCombustion,
+            ArkPrewarm,
+            ArkSampler4Step,
+            ArkReport,
+        ]

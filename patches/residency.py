@@ -72,6 +72,12 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
         """Let another model's weights leave whenever this one is loaded: what it computes is meant for that one."""
         self.masters.follower = weakref.ref(follower.model)
 
+    def send_follower(self) -> None:
+        """Let that other model's weights leave although this one is not loaded, because nobody needs it."""
+        follower = self.masters.follower()
+        if follower is not None and self.load_device.type in self.fast_devices:
+            follower.ark_masters.send_ahead(follower, self.load_device)
+
     @property
     def masters(self) -> Masters:
         """Of the model."""

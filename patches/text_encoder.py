@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import logging
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,21 @@ import comfy.text_encoders.z_image
 import folder_paths
 import torch
 from comfy import sd1_clip
+from comfy.cli_args import args
 
 from ..toolkit.architecture import NEEDED_LAYERS, TEXT_TAPS, TextEncoderDims, needed_tensors
+from ..toolkit.embeddings import Embeddings
 from ..toolkit.igniter import open_model, strip_prefix
+from .cached_clip import CachedCLIP, encoder_name
 from .residency import ResidentPatcher
+from .text_engine import TextEngine
 from .warmup import unset, warm_up
 from .weights import assign, read_quantisation, remember_origin, weight_dtype
 
 CHECKPOINT_PREFIX = r"text_encoders\.[^.]+\.transformer\."
 PAD_TOKEN = 151643
 ENCODER = "qwen3_4b"  # the host's name for this encoder, whatever its width
+log = logging.getLogger("ark")
 _tokenizer_lock = threading.Lock()  # two threads must not build it at once
 
 
@@ -38,10 +44,10 @@ def load_text_encoder(path: str | Path, ahead: bool = True) -> tuple[Any, TextEn
 
     Args:
         path: safetensors, alone, in shards or in a checkpoint; bf16, fp16, fp32 or fp8.
-        ahead: let the weights leave for the device at once.
+        ahead: let the weights leave for the device at once, unless prompts of this encoder are kept on disk.
 
     Returns:
-        The host's CLIP and the dimensions read from the file.
+        The host's CLIP, which remembers its prompts, and the dimensions read from the file.
 
     Raises:
         ModelFileError: the file is damaged, of another kind, or quantised in a way that is not supported.
@@ -56,7 +62,9 @@ def load_text_encoder(path: str | Path, ahead: bool = True) -> tuple[Any, TextEn
     if quantisation is None:
         weight_dtype(state_dict, name)  # refuses what Klein does not run from
     device = comfy.model_management.text_encoder_device()
-    if ahead:
+    embeddings = Embeddings(encoder_name(opened, device))
+    # else its prompts are likely to be known, and the encoder is sent when one is not
+    if ahead and not embeddings.any_saved():
         ResidentPatcher.send_ahead(opened, wanted, device)
 
     class Target:
@@ -89,8 +97,9 @@ def load_text_encoder(path: str | Path, ahead: bool = True) -> tuple[Any, TextEn
     transformer.model.norm = None  # the last tap is read before any norm
     assign(transformer, wanted, name)
     clip.patcher = ResidentPatcher.of(clip.patcher, opened)
+    getattr(clip.cond_stage_model, ENCODER).engine = TextEngine(clip.patcher.masters)
     remember_origin(clip.patcher, lambda file: load_text_encoder(file)[0].patcher, path)
-    return clip, dims
+    return CachedCLIP.of(clip, embeddings), dims
 
 
 def _encode_shallow(options: dict[str, Any], weights: dict, device: torch.device) -> None:
@@ -101,10 +110,22 @@ def _encode_shallow(options: dict[str, Any], weights: dict, device: torch.device
         device=torch.device("meta"), dtype=options["dtype"], model_options=options
     )
     transformer = getattr(encoder, ENCODER).transformer
+    getattr(encoder, ENCODER).engine = TextEngine()
     transformer.model.norm = None
     assign(transformer, unset(needed_tensors(weights, 3), device), "the text encoder")
     encoder.set_clip_options({"execution_device": device})
     encoder.encode_token_weights({ENCODER: [[(0, 1.0)] * 512]})
+
+
+def _deliver(tensor: torch.Tensor) -> torch.Tensor:
+    """Bring a result to where the host wants it: from a GPU in one copy to pinned memory, which the sampler reads fast."""
+    device = comfy.model_management.intermediate_device()
+    if tensor.device.type == "cuda" and device.type == "cpu" and not args.disable_pinned_memory:
+        try:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+        except RuntimeError:  # there is no more such memory
+            log.debug("Ark text encoder: a result goes to memory that is not pinned.")
+    return tensor.to(device)
 
 
 def _plain_patcher() -> dict[str, bool]:
@@ -170,6 +191,33 @@ def _text_encoder_class(taps: tuple[int, ...] = TEXT_TAPS) -> type:
     """Qwen3 with Klein's three taps, the same on both hosts."""
 
     class KleinQwen3(sd1_clip.SDClipModel):
+        engine = None  # set on the object
+
+        def forward(self, tokens):
+            if (found := self.taps_of(tokens)) is None:
+                return super().forward(tokens)
+            states, present = found
+            return states.transpose(1, 2), None, {"attention_mask": present}
+
+        def taps_of(self, tokens):
+            """[B, seq_len, taps, C] fp32 and the mask [B, seq_len] by the engine; None if the host has to run."""
+            layers = self.engine and self.engine.layers(self.transformer.model)
+            if not layers:
+                return None
+            embeds, present = self.embed(tokens, layers[0].q.device)
+            return self.engine.run(layers, embeds, present, taps), present
+
+        def embed(self, tokens, device):
+            """As the host's `process_tokens`, which goes through them one by one."""
+            usual = all({*map(type, section)} == {int} and section[0] != PAD_TOKEN for section in tokens)  # fmt: skip
+            if not usual:
+                return self.process_tokens(tokens, device)[:2]
+            lengths = [(*section, PAD_TOKEN).index(PAD_TOKEN) for section in tokens]
+            ids, lengths = (torch.tensor(numbers, device=device) for numbers in (tokens, lengths))
+            embeds = self.transformer.get_input_embeddings()(ids, out_dtype=torch.float32)
+            present = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+            return embeds, present.long()
+
         def __init__(self, device="cpu", dtype=None, model_options=None, **_):
             super().__init__(
                 device=device,
@@ -194,5 +242,18 @@ def _text_encoder_class(taps: tuple[int, ...] = TEXT_TAPS) -> type:
                 name=ENCODER,
                 clip_model=KleinQwen3,
             )
+
+        def encode_token_weights(self, token_weight_pairs):
+            sections = token_weight_pairs[ENCODER]
+            # a weight needs the host's arithmetic; Klein's tokenizer makes none
+            if not sections or any(pair[1] != 1.0 for section in sections for pair in section):
+                return super().encode_token_weights(token_weight_pairs)
+            found = getattr(self, ENCODER).taps_of([[pair[0] for pair in section] for section in sections])  # fmt: skip
+            if found is None:
+                return super().encode_token_weights(token_weight_pairs)
+            states, present = found
+            # [B, seq_len, taps, C] to [1, B * seq_len, taps * C], all of it in place
+            conditioning = states.flatten(2).flatten(0, 1).unsqueeze(0)
+            return _deliver(conditioning), None, {"attention_mask": _deliver(present.flatten()[None])}  # fmt: skip
 
     return KleinTextEncoder

@@ -81,7 +81,8 @@ def run_in_host(tmp_path_factory) -> Callable[..., str]:
     """Run one of the scripts beside this file as a program of a host, without its server.
 
     `run_in_host(comfyui, script, *arguments, **environ)` calls `script HOST PACK_PARENT *arguments`, where the pack is
-    importable as `ark` from PACK_PARENT, with these environment variables, and returns what it printed.
+    importable as `ark` from PACK_PARENT, with these environment variables, and returns what it printed. Embeddings of an
+    earlier run are not used, unless ARK_EMBEDDINGS_GB is among them.
     """
     parent = tmp_path_factory.mktemp("pack")
     (parent / "ark").symlink_to(ROOT, target_is_directory=True)
@@ -89,7 +90,8 @@ def run_in_host(tmp_path_factory) -> Callable[..., str]:
     def run(comfyui: Path, script: str, *arguments: Path | str, **environ: str) -> str:
         overlay = host_overlay(Path(sys.prefix), host_requirements(comfyui)[1])
         command = [sys.executable, Path(__file__).with_name(script), comfyui, parent, *arguments]
-        environment = clean_environment(PYTHONPATH=str(overlay), HF_HUB_OFFLINE="1", **environ)
+        usual = {"HF_HUB_OFFLINE": "1", "ARK_EMBEDDINGS_GB": "0"}
+        environment = clean_environment(**{"PYTHONPATH": str(overlay), **usual, **environ})
         ran = subprocess.run(
             [str(part) for part in command], cwd=comfyui, env=environment, capture_output=True, text=True, timeout=300
         )  # fmt: skip

@@ -93,3 +93,28 @@ def test_quantise(random, dtype, count, width):
     x = random(dtype, count, width + 7)[:, :width]
     x[0] = 0
     check(fast.quantise(x), reference.quantise(x))
+
+
+@pytest.mark.parametrize(("count", "width"), [(1, 64), (5, 300), (7, 2560)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("add", [False, True])
+def test_add_norm(random, count, width, dtype, add):
+    x, weight = random(torch.float32, count, width), random(torch.float32, width)
+    y = random(dtype, count, width) if add else None
+    residuals = x.clone(), x.clone()
+    found, expected = (
+        ops.add_norm(mine, y, weight, 1e-6, dtype)
+        for ops, mine in zip((fast, reference), residuals, strict=True)
+    )
+    check(found, expected)
+    check(*residuals)
+    assert torch.equal(residuals[0], x) != add
+
+
+@pytest.mark.parametrize(("batch", "length", "heads", "repeat"), [(1, 5, 1, 1), (2, 3, 8, 4), (3, 4, 9, 2)])  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_turn(random, batch, length, heads, repeat, dtype):
+    x, weight = random(dtype, batch * length, heads * 128), random(torch.float32, 128)
+    angles = random(torch.float32, length, 64)
+    arguments = x, weight, angles.cos(), angles.sin(), repeat, 1e-6
+    check(fast.norm_turn(*arguments), reference.norm_turn(*arguments))

@@ -4,5 +4,6 @@ from .modulate import modulate
 from .norm_rotate import norm_rotate
 from .quantise import quantise
 from .swiglu import swiglu
+from .text import add_norm, norm_turn
 
-__all__ = ["modulate", "norm_rotate", "quantise", "swiglu"]
+__all__ = ["add_norm", "modulate", "norm_rotate", "norm_turn", "quantise", "swiglu"]

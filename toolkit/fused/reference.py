@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from .matrix import Activations, quantise
 from .rows import Rows
 
-__all__ = ["modulate", "norm_rotate", "quantise", "swiglu"]
+__all__ = ["add_norm", "modulate", "norm_rotate", "norm_turn", "quantise", "swiglu"]
 
 EPS = 1e-6  # of the norms without weights
 
@@ -105,3 +105,56 @@ def swiglu(
         out = torch.cat((rows.to_rows(attention).float(), out), 1)
     out = out.to(gate_up.dtype)
     return quantise(out) if fp8 else out
+
+
+def add_norm(
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Add a result to the residual of the text encoder, then norm it for what comes next.
+
+    Args:
+        x: the residual [count, C] fp32; `y` is added in place.
+        y: [count, C], or None for nothing to add.
+        weight: [C] fp32.
+        eps: of the norm.
+        dtype: of the result.
+
+    Returns:
+        [count, C].
+    """
+    if y is not None:
+        x += y
+    return F.rms_norm(x, x.shape[-1:], weight, eps).to(dtype)
+
+
+def norm_turn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    repeat: int,
+    eps: float,
+) -> torch.Tensor:
+    """Norm each head of the text encoder and turn its pairs (i, i + head_dim / 2).
+
+    Args:
+        x: [count, heads * head_dim], the tokens of one prompt after those of another.
+        weight: [head_dim] fp32.
+        cos: [length, head_dim / 2] fp32, of each position in a prompt; `count` is a multiple of it.
+        sin: as `cos`.
+        repeat: how many times each head is written, side by side.
+        eps: of the norm.
+
+    Returns:
+        [count, heads * repeat, head_dim].
+    """
+    length, head_dim = len(cos), len(weight)
+    heads = F.rms_norm(x.float().view(-1, length, x.shape[1] // head_dim, head_dim), (head_dim,), weight, eps)  # fmt: skip
+    first, second = heads.chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    return turned.to(x.dtype).flatten(0, 1).repeat_interleave(repeat, 1)

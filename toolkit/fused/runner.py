@@ -59,7 +59,7 @@ class Runner:
         if precision == "fp8" and (0, 0) < hardware.compute_capability < (8, 9):
             raise InputError(f"{hardware.name} has no fp8 arithmetic.", "Set precision to bf16.")
         self.device, self.precision, self.reasons = device, precision, set()
-        self.operations, self.how = _operations(device)
+        self.operations, self.how = operations_for(device)
         self.graphs = Graphs()
         self._made: dict[int, tuple[tuple[weakref.ref, ...], Any]] = {}  # by the first tensor's id
 
@@ -163,8 +163,8 @@ class Runner:
         self.graphs.clear()
 
 
-def _operations(device: torch.device) -> tuple[Any, str]:
-    """What is between the matrices: Triton's kernels where they run."""
+def operations_for(device: torch.device) -> tuple[Any, str]:
+    """What is between the matrices, and a sentence about it: Triton's kernels where they run."""
     if device.type != "cuda":
         return reference, f"operations in plain torch on {device.type}"
     try:

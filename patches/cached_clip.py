@@ -1,0 +1,198 @@
+"""A CLIP that remembers what its prompts became, also across restarts: a repeated prompt does not load the text encoder.
+
+Kept by the tokens and weights that the host made of the prompt. With a LoRA on the text encoder, whose name the host makes
+up anew each time, only in memory; with hooks, or anything else that other nodes set on it, not at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import numbers
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import torch
+from comfy.cli_args import args
+
+from ..toolkit.embeddings import Embeddings, Tensors
+from ..toolkit.igniter import OpenedModel
+
+FORMAT = 1  # counts up when what is kept means something else
+# what its numbers depend on
+SOURCES = "toolkit/qwen3.py", "toolkit/fused/text.py", "toolkit/fused/swiglu.py", "toolkit/fused/reference.py", "patches/text_engine.py", "patches/text_encoder.py"  # fmt: skip
+HOSTS_OWN = {"manual_cast_dtype"}  # an object patch that newer hosts set on every text encoder
+PLAIN_OPTIONS = ({}, {"transformer_options": {}})
+log = logging.getLogger("ark")
+
+
+class CachedCLIP(comfy.sd.CLIP):
+    """The host's CLIP with embeddings.
+
+    Attributes:
+        embeddings: what is kept, None for nothing.
+        source: where the last result came from: "memory", "disk" or "encoder".
+        bypassed: why something was not kept.
+    """
+
+    embeddings: Embeddings | None = None
+    source: str | None = None
+
+    @classmethod
+    def of(cls, clip: comfy.sd.CLIP, embeddings: Embeddings | None) -> CachedCLIP:
+        """Make one in place of a CLIP that the host built."""
+        made = cls(no_init=True)
+        vars(made).update(vars(clip))
+        made.embeddings, made.bypassed = embeddings, set()
+        return made
+
+    def clone(self, *given: Any, **named: Any) -> CachedCLIP:
+        """As the host's; what is kept is shared."""
+        made = self.of(super().clone(*given, **named), self.embeddings)
+        made.bypassed = self.bypassed
+        return made
+
+    def encode_from_tokens(
+        self, tokens: dict, return_pooled: bool | str = False, return_dict: bool = False
+    ) -> Any:
+        """As the host's, from what is kept if it is there."""
+        key = self._key(tokens, return_pooled)
+        if key is None:
+            self.source = "encoder"
+            return super().encode_from_tokens(tokens, return_pooled, return_dict)
+        if (found := self._find(key)) is None:
+            self.source = "encoder"
+            found = super().encode_from_tokens(tokens, return_pooled, True)
+            if all(value is None or torch.is_tensor(value) for value in found.values()):
+                kept = {name: value for name, value in found.items() if value is not None}
+                self.embeddings.keep(key, kept, lasting=not self.patcher.patches)
+        found = {"cond": found["cond"], "pooled_output": found.get("pooled_output"), **found}
+        if return_dict:
+            return found
+        return (found["cond"], found["pooled_output"]) if return_pooled else found["cond"]
+
+    def _find(self, key: str) -> Tensors | None:
+        device = comfy.model_management.intermediate_device()
+        if (found := self.embeddings.recent(key)) is not None:
+            self.source = "memory"
+        elif not self.patcher.patches and (found := self.embeddings.saved(key)) is not None:
+            self.source = "disk"
+            self.patcher.send_follower()  # else it would leave when this encoder is loaded
+        return found and {name: tensor.to(device) for name, tensor in found.items()}
+
+    def _key(self, tokens: dict, return_pooled: bool | str) -> str | None:
+        """Names a result; None if it must not be kept."""
+        if self.embeddings is None:
+            return None
+        try:
+            prompt = _digest(tokens)
+            if reason := why_not(self):
+                raise TypeError(reason)
+        except TypeError as reason:
+            if str(reason) not in self.bypassed:
+                self.bypassed.add(str(reason))
+                log.info("Ark text encoder: embeddings are not kept (%s).", reason)
+            return None
+        lora = self.patcher.patches_uuid if self.patcher.patches else ""
+        settings = f"{self.layer_idx} {return_pooled == 'unprojected'} {lora}"
+        return hashlib.sha256(f"{prompt} {settings}".encode()).hexdigest()
+
+
+def why_not(clip: comfy.sd.CLIP) -> str | None:
+    """What other nodes set on a CLIP that may change its result in a way that no key names."""
+    patcher = clip.patcher
+    if clip.apply_hooks_to_conds or patcher.forced_hooks or patcher.hook_patches:
+        return "hooks are set on it"
+    if patcher.object_patches.keys() - HOSTS_OWN:
+        return "another node set object patches"
+    others = "weight_wrapper_patches", "injections", "wrappers", "callbacks"
+    if found := [name for name in others if _anything(getattr(patcher, name, None))]:
+        return f"another node set {', '.join(found)}"
+    if patcher.model_options not in PLAIN_OPTIONS:
+        return "another node set model_options"
+    if any(map(_changed, _down_to_layers(clip.cond_stage_model))):
+        return "another node changed its forward"
+    return None
+
+
+def _down_to_layers(module: torch.nn.Module, depth: int = 5) -> Iterator[torch.nn.Module]:
+    """The model and what is in it, down to the layers: all of it would take longer than a repeated prompt does."""
+    yield module
+    for child in module.children() if depth else ():
+        yield from _down_to_layers(child, depth - 1)
+
+
+def _changed(module: torch.nn.Module) -> bool:
+    own = "forward", "encode_token_weights", "encode"
+    return bool(module._forward_hooks or module._forward_pre_hooks or vars(module).keys() & {*own})
+
+
+def _anything(value: Any) -> bool:
+    """Whether there is a list that is not empty in a nest of dicts."""
+    return any(map(_anything, value.values())) if isinstance(value, dict) else bool(value)
+
+
+def _digest(tokens: dict) -> str:
+    """Names what the host's tokenizer made: ids, their weights, and embeddings of a user's file by their numbers.
+
+    Raises:
+        TypeError: there is something else among them.
+    """
+    found = hashlib.sha256()
+    for piece in _pieces(tokens):
+        found.update(piece)
+    return found.hexdigest()
+
+
+def _pieces(tokens: dict) -> Iterator[bytes]:
+    for name, sections in sorted(tokens.items()):
+        yield repr(name).encode()
+        for section in sections:
+            tokens = [pair[0] for pair in section]
+            # the usual case: one by one takes longer than all the rest of a known prompt
+            if {*map(type, tokens)} <= {int}:
+                yield b"ids" + array("q", tokens).tobytes()
+                yield b"weights" + array("d", (pair[1] for pair in section)).tobytes()
+                continue
+            yield b"["
+            for token, weight, *_ in section:  # a word's number may follow
+                if isinstance(token, numbers.Integral):
+                    yield f"{int(token)}:{float(weight)!r},".encode()
+                elif torch.is_tensor(token):
+                    yield f"{token.dtype} {list(token.shape)}:{float(weight)!r},".encode()
+                    yield token.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()  # fmt: skip
+                else:
+                    raise TypeError(f"its prompt has a {type(token).__name__}")
+
+
+def encoder_name(opened: OpenedModel, device: torch.device) -> str:
+    """Names a file and all else that the result depends on beside the prompt, in 32 digits.
+
+    A file is another one if its path, its place on disk, its size or its time differs.
+    """
+    files = []
+    for file, _ in opened.parts:
+        _, inode, size, modified = file.identity
+        files.append((str(Path(file.path).resolve()), inode, size, modified))
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    known = FORMAT, sorted(files), torch.__version__, _host_version(), card, args.fp32_text_enc, _sources()  # fmt: skip
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _sources() -> str:
+    root = Path(__file__).resolve().parent.parent
+    return hashlib.sha256(b"".join((root / name).read_bytes() for name in SOURCES)).hexdigest()
+
+
+def _host_version() -> str:
+    try:
+        from comfyui_version import __version__
+    except ImportError:
+        return "unknown"
+    return __version__

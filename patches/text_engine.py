@@ -1,6 +1,6 @@
 """The text encoder's layers as one function, recorded as a CUDA graph, in place of the host's, which runs in fp32.
 
-The host runs them itself wherever that function does not fit: on a CPU, from weights in fp32 or quantised ones, with
+The host runs them itself wherever that function does not fit: on a CPU, from weights in anything but bf16, with
 weights that are patched while they are used or are not all on the device, under other people's hooks, and if it was
 started with `--fp32-text-enc`.
 """
@@ -17,10 +17,12 @@ from comfy.cli_args import args
 
 from ..toolkit.fused.graph import Graphs
 from ..toolkit.fused.runner import Unknown, operations_for
+from ..toolkit.hardware import probe_hardware
 from ..toolkit.qwen3 import EPS, Layer, hidden_states, join
 
 DEVICES = ("cuda",)
-HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16,)  # in fp16 what is between the matrices may overflow
+BF16 = (8, 0)  # the first compute capability that calculates in it
 LINEARS = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
 log = logging.getLogger("ark")
 
@@ -95,6 +97,8 @@ def _layers(model: Any) -> list[Layer]:
     devices = {weight.device for layer in found for weight in (layer.q, layer.mlp_norm, layer.down)}
     if len(devices) > 1:
         raise Unknown("its weights are on several devices")
+    if (0, 0) < probe_hardware(devices.pop()).compute_capability < BF16:
+        raise Unknown("this GPU does not calculate in bf16")
     return found
 
 
@@ -109,7 +113,7 @@ def _layer(layer: Any) -> Layer:
 
 def _matrix(linear: Any) -> torch.Tensor:
     weight = _weight(linear)
-    if hasattr(weight, "__tensor_flatten__") or weight.dtype not in HALF:
+    if hasattr(weight, "__tensor_flatten__") or weight.dtype not in DTYPES:
         kind = "quantised" if hasattr(weight, "__tensor_flatten__") else str(weight.dtype)
         raise Unknown(f"its weights are {kind.removeprefix('torch.')}")
     if getattr(linear, "bias", None) is not None:

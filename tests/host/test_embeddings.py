@@ -76,3 +76,14 @@ def test_damaged_files_are_written_anew(runs):
 def test_the_node_says_where_it_came_from(runs):
     assert runs[0]["node_says"][0].startswith("Known, from memory (")
     assert "Connect the CLIP" in runs[0]["no_clip"]
+
+
+def test_the_node_gives_what_clip_text_encode_gives(server, fresh_seed):
+    plain = server.graph(ArkSampler4Step={"seed": fresh_seed, "steps": 1}, EmptyFlux2LatentImage={"width": 64, "height": 64})  # fmt: skip
+    expected = server.render(plain)
+    node = plain[server.node_of(plain, "CLIPTextEncode")]
+    node["class_type"] = "ArkTextEncode"
+    assert (server.render(plain) == expected).all()
+    described = server.client.object_info()["ArkTextEncode"]
+    assert described["output"] == ["CONDITIONING"]
+    assert described["input"]["required"]["text"][1]["multiline"]

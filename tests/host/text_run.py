@@ -35,7 +35,7 @@ def encode(clip, text):
 
 def engine_on(on, *dtypes):
     """Whether the engine takes weights of these dtypes on a CPU."""
-    text_engine.DEVICES, text_engine.HALF = ("cpu",) if on else ("cuda",), dtypes
+    text_engine.DEVICES, text_engine.DTYPES = ("cpu",) if on else ("cuda",), dtypes
     model.engine.weights_changed()
 
 

@@ -13,8 +13,10 @@ from .combustion import ArkSageCombustion
 from .load import ArkFastLoader
 from .prepare import prepare_in_background
 from .prewarm import ArkPrewarm
+from .references import ArkReferenceImages
 from .report import ArkReport
 from .sample import ArkSampler4Step
+from .schedule import ArkScheduler
 
 log = logging.getLogger("ark")
 
@@ -35,4 +37,12 @@ class ArkExtension(ComfyExtension):
                 error,
             )
         prepare_in_background()
-        return [ArkFastLoader, ArkSageCombustion, ArkPrewarm, ArkSampler4Step, ArkReport]
+        return [
+            ArkFastLoader,
+            ArkSageCombustion,
+            ArkPrewarm,
+            ArkReferenceImages,
+            ArkScheduler,
+            ArkSampler4Step,
+            ArkReport,
+        ]

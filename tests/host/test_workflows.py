@@ -96,8 +96,11 @@ def stock_graph(graph: dict) -> dict:
                 graph[f"{number}e{slot}"] = made("VAEEncode", pixels=wired[slot], vae=wired["vae"])
                 graph[f"{number}{slot}"] = made("ReferenceLatent", conditioning=conditioning, latent=[f"{number}e{slot}", 0])  # fmt: skip
                 conditioning = [f"{number}{slot}", 0]
-            graph[number] = made("EmptyFlux2LatentImage", width=SIDE, height=SIDE, batch_size=1)
-            links[number, 0], links[number, 1] = conditioning, [number, 0]
+            del graph[number]
+            graph[f"{number}l"] = made(
+                "EmptyFlux2LatentImage", width=SIDE, height=SIDE, batch_size=1
+            )
+            links[number, 0], links[number, 1] = conditioning, [f"{number}l", 0]
         elif kind == "ArkSampler4Step":
             graph |= stock_sampler(number, wired)
     for node in graph.values():
@@ -172,6 +175,10 @@ def test_the_lora_of_a_workflow_is_felt(furnished, fresh_seed: int):
 
 def test_inpainting_leaves_the_rest_of_the_picture(furnished, fresh_seed: int):
     graph = small_graph(furnished, WORKFLOW.with_name("ark_inpaint.json"), fresh_seed)
+    # the picture is white
+    graph[furnished.node_of(graph, "CLIPTextEncode")]["inputs"]["text"] = (
+        "a large green star in the center on a black background"
+    )
     painted = furnished.render(graph).astype(int)
     mask = furnished.node_of(graph, "SetLatentNoiseMask")
     sampler = furnished.node_of(graph, "ArkSampler4Step")

@@ -47,9 +47,8 @@ def add_references(
         1, *latents[0].shape[1:], device=comfy.model_management.intermediate_device()
     )
     values = {REFERENCES: latents}
-    return node_helpers.conditioning_set_values(conditioning, values, append=True), {
-        "samples": empty
-    }
+    referenced = node_helpers.conditioning_set_values(conditioning, values, append=True)
+    return referenced, {"samples": empty}
 
 
 def fit(picture: torch.Tensor, megapixels: float) -> torch.Tensor:

@@ -188,8 +188,8 @@ def test_inpainting_leaves_the_rest_of_the_picture(furnished, fresh_seed: int):
     del graph[mask], graph[sampler]
     before = furnished.render(graph).astype(int)
     change = np.abs(painted - before).mean(axis=(0, 2))
-    # the decoder looks beyond the border of the mask by some pixels
-    assert change[-SIDE // 4 :].mean() < 0.2 * change[: SIDE // 4].mean()
+    # the latent stays as it was (tests/host/test_sample.py); the decoder normalises over the whole picture
+    assert change[-SIDE // 4 :].mean() < 0.5 * change[: SIDE // 4].mean()
 
 
 def test_a_reference_changes_the_picture(furnished, fresh_seed: int):

@@ -1,6 +1,8 @@
-"""Run inside a host's Python path: `sample_run.py HOST PACK_PARENT FOLDER`; prints what Ark's sampling and the stock nodes gave.
+"""Run inside a host's Python path: `sample_run.py HOST PACK_PARENT FOLDER`; prints what Ark's sampling and stock nodes gave.
 
-Everything on CPU in fp32, with the embedded text encoder and VAE and a small random transformer, written to FOLDER. The stock side is the host's own nodes, on the same transformer and on one that the host's own classes built. Prints one JSON: `{case: {...}}`.
+Everything on CPU in fp32, with the embedded text encoder and VAE and a small random transformer, written to FOLDER. The
+stock side is the host's own nodes, on the same transformer and on one that the host's own classes built. Prints one
+JSON: `{case: {...}}`.
 """
 
 import json
@@ -88,9 +90,8 @@ def compare(
 ):
     """Sample both ways and write down how far they are apart, and which calls Ark's model had."""
     rows.clear()
-    made = ArkSampler4Step.execute(ours, positive, latent, SEED, steps, denoise, **options).result[
-        0
-    ]
+    output = ArkSampler4Step.execute(ours, positive, latent, SEED, steps, denoise, **options)
+    made = output.result[0]
     calls = list(rows)
     graph = (
         latent,

@@ -3,8 +3,9 @@
 One process with ComfyUI's real model object, Klein 4B's true shapes with random weights, 1024x1024, bf16: ComfyUI as it is,
 its own TorchCompileModel, Ark's attention alone, and Ark's attention with compiled blocks, in turns. The first call of each
 compiled one is timed, too; a second process (`--again`, started by the first), in which only Ark's own cache is left, shows
-what that saves from the moment the weights are loaded, and counts what new sizes and LoRAs compile anew. Needs a GPU and 8 GB of disk; `--tiny` runs it with the
-embedded model, on a CPU too, to test the benchmark itself (then nothing is recorded).
+what that saves from the moment the weights are loaded, and counts what new sizes and LoRAs compile anew. What a server does
+while it idles is done before. Needs a GPU and 8 GB of disk; `--tiny` runs it with the embedded model, on a CPU too, to test
+the benchmark itself (then nothing is recorded).
 """
 
 from __future__ import annotations
@@ -45,9 +46,11 @@ def again(args: argparse.Namespace, folder: Path, size: int) -> dict:
     import ark.patches.sampling  # noqa: F401  # as a server has long done
     from ark.patches.attention import set_attention
     from ark.patches.compile import set_compile
+    from ark.toolkit.compile import import_ahead
 
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("ark").setLevel(logging.INFO)  # why something is traced anew
+    import_ahead()  # as an idle server does
     model, width = load_klein(folder, args.tiny)
     start = time.perf_counter()
     patched, _, compiler = set_compile(set_attention(model, "auto")[0], args.mode)

@@ -14,8 +14,10 @@ from .encode import ArkTextEncode
 from .load import ArkFastLoader
 from .prepare import prepare_in_background
 from .prewarm import ArkPrewarm
+from .references import ArkReferenceImages
 from .report import ArkReport
 from .sample import ArkSampler4Step
+from .schedule import ArkScheduler
 
 log = logging.getLogger("ark")
 
@@ -39,8 +41,10 @@ class ArkExtension(ComfyExtension):
         return [
             ArkFastLoader,
             ArkTextEncode,
+            ArkReferenceImages,
             ArkSageCombustion,
             ArkPrewarm,
+            ArkScheduler,
             ArkSampler4Step,
             ArkReport,
         ]

@@ -17,6 +17,7 @@ from ..patches.text_encoder import klein_tokenizer, load_text_encoder
 from ..patches.transformer import load_transformer
 from ..patches.vae import load_vae
 from ..patches.warmup import warm_up_attention
+from ..toolkit.compile import import_ahead
 from ..toolkit.embedded import preferred
 from ..toolkit.rates import link_rate
 
@@ -34,7 +35,10 @@ def prepare_in_background() -> None:
 
 
 def prepare() -> None:
-    """Open what the loader would offer first, which warms CUDA up for its dimensions, and build the tokenizer meanwhile."""
+    """Open what the loader would offer first, which warms CUDA up for its dimensions, and build the tokenizer meanwhile.
+
+    Who compiled before gets torch's compiler imported, too.
+    """
     try:
         device = comfy.model_management.get_torch_device()
         offered = {f: preferred(f, folder_paths.get_filename_list(f)) for f in FOLDERS}
@@ -47,6 +51,7 @@ def prepare() -> None:
         load_vae(vae, ahead=False)
         load_text_encoder(text_encoder, ahead=False)
         warm_up_attention(model, _busy)
+        import_ahead()
     except Exception as error:  # whoever loads a model meets it again, and says so
         log.debug("Ark could not prepare (%s).", error)
 

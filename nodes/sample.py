@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..patches.sampling import sample_klein
-from ..toolkit.schedule import MAX_STEPS
+from .schedule import denoise_input, steps_input
 
 
 class ArkSampler4Step(io.ComfyNode):
@@ -22,11 +22,11 @@ class ArkSampler4Step(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A FLUX.2-Klein MODEL."),
                 io.Conditioning.Input(
-                    "positive", tooltip="The prompt. A distilled model needs no negative."
+                    "positive", tooltip="The prompt, with or without reference images."
                 ),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="128 channels: EmptyFlux2LatentImage, or an encoded picture.",
+                    tooltip="128 channels: EmptyFlux2LatentImage, or an encoded picture; a noise mask is honoured.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -36,20 +36,26 @@ class ArkSampler4Step(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="Of the noise; the same seed gives the same noise as ComfyUI's own samplers.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=4,
-                    min=1,
-                    max=MAX_STEPS,
-                    tooltip="Euler steps; Klein is made for 4.",
-                ),
+                steps_input(),
+                denoise_input(),
                 io.Float.Input(
-                    "denoise",
+                    "cfg",
                     default=1.0,
-                    min=0.01,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="1 starts from noise; less keeps more of the latent. All the steps always run.",
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="For the undistilled base model, with a negative: two passes a step. At 1 there is one pass.",
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="What to stay away from, where cfg is not 1. The distilled Klein needs none.",
+                ),
+                io.Sigmas.Input(
+                    "sigmas",
+                    optional=True,
+                    tooltip="Noise levels instead of Klein's own; steps and denoise are then not looked at.",
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="The sampled latent, ready for VAE Decode.")],
@@ -57,7 +63,20 @@ class ArkSampler4Step(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, latent_image, seed: int, steps: int, denoise: float
+        cls,
+        model,
+        positive,
+        latent_image,
+        seed: int,
+        steps: int,
+        denoise: float,
+        cfg: float = 1.0,
+        negative=None,
+        sigmas=None,
     ) -> io.NodeOutput:
         """Sample."""
-        return io.NodeOutput(sample_klein(model, positive, latent_image, seed, steps, denoise))
+        return io.NodeOutput(
+            sample_klein(
+                model, positive, latent_image, seed, steps, denoise, negative=negative, cfg=cfg, sigmas=sigmas
+            )
+        )  # fmt: skip

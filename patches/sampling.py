@@ -4,75 +4,110 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.model_base
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
 import latent_preview
+import torch
 
-from ..toolkit.architecture import LATENT_CHANNELS, SPATIAL_FACTOR
-from ..toolkit.errors import InputError
+from ..toolkit.architecture import SPATIAL_FACTOR
 from ..toolkit.schedule import klein_sigmas
+from .references import REFERENCES
+from .sampling_inputs import check_conditioning, check_latent, check_mask, check_model, check_sigmas
 
 
 def sample_klein(
-    model: Any, positive: list, latent: dict, seed: int, steps: int, denoise: float
+    model: Any,
+    positive: list,
+    latent: dict,
+    seed: int,
+    steps: int,
+    denoise: float,
+    *,
+    negative: list | None = None,
+    cfg: float = 1.0,
+    sigmas: torch.Tensor | None = None,
 ) -> dict:
-    """Sample with Klein's own noise levels, Euler, no negative.
+    """Sample with Klein's own noise levels and Euler.
 
     Args:
         model: the host's ModelPatcher of a FLUX.2 model.
         positive: the host's CONDITIONING.
-        latent: the host's LATENT, "samples" [B, 128, H/16, W/16].
+        latent: the host's LATENT, "samples" [B, 128, H/16, W/16], perhaps with "noise_mask" and "batch_index".
         seed: of the noise; the same noise as the host's own samplers make of it.
         steps: Euler steps.
         denoise: share of the schedule, above 0 to 1.
+        negative: CONDITIONING of what to stay away from; only the undistilled base model has a use for it.
+        cfg: how far away; at 1 the negative is not run.
+        sigmas: [steps + 1] noise levels instead of Klein's own; `steps` and `denoise` are then not looked at.
 
     Returns:
         A LATENT with the new samples, all else of the input kept.
 
     Raises:
-        InputError: the model, the conditioning or the latent does not fit, or a number is out of range.
+        InputError: the model, a conditioning, the latent, its mask or the sigmas do not fit, or a number is out of range.
     """
     samples = latent["samples"]
-    _check(model, positive, samples)
-    sigmas = klein_sigmas(steps, samples.shape[-2] * samples.shape[-1], denoise)
-    waits = not comfy.model_management.device_supports_non_blocking(model.load_device)
-    # once, as the host would copy it at each step
-    positive = [[tensor.to(model.load_device, non_blocking=not waits), options] for tensor, options in positive]  # fmt: skip
+    check_model(model)
+    check_latent(samples)
+    check_mask(latent.get("noise_mask"))
+    check_conditioning(model, positive, negative, cfg)
+    if sigmas is None:
+        sigmas = klein_sigmas(steps, samples.shape[-2] * samples.shape[-1], denoise)
+    else:
+        check_sigmas(sigmas)
+    guider = _guider(model, positive, negative, cfg)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
-    guider = comfy.samplers.CFGGuider(model)
-    guider.inner_set_conds({"positive": positive})
-    guider.set_cfg(1.0)
-    result = guider.sample(
-        noise,
-        samples,
-        comfy.samplers.sampler_object("euler"),
-        sigmas,
-        denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, steps),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=seed,
-    )
+    try:
+        result = guider.sample(
+            noise,
+            samples,
+            comfy.samplers.sampler_object("euler"),
+            sigmas,
+            denoise_mask=latent.get("noise_mask"),
+            callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
+    except torch.cuda.OutOfMemoryError as error:
+        # of the same type, as the host then frees what it holds
+        raise torch.cuda.OutOfMemoryError(_too_large(samples, positive)) from error
     return {**latent, "samples": result.to(comfy.model_management.intermediate_device())}
 
 
-def _check(model: Any, positive: list, samples: Any) -> None:
-    if not isinstance(model.model, comfy.model_base.Flux2):
-        raise InputError(
-            f"The model is {type(model.model).__name__}, not FLUX.2.",
-            "Connect a FLUX.2-Klein, as ArkFastLoader makes it.",
-        )
-    if samples.ndim != 4 or samples.shape[1] != LATENT_CHANNELS:
-        raise InputError(
-            f"The latent has {samples.shape[1]} channels, Klein's has {LATENT_CHANNELS} at 1/{SPATIAL_FACTOR} size.",
-            "Use EmptyFlux2LatentImage, or encode the picture with the FLUX.2 VAE.",
-        )
-    wanted = model.model.diffusion_model.txt_in.weight.shape[1]
-    for conditioning, _ in positive:
-        if conditioning.shape[-1] != wanted:
-            raise InputError(
-                f"The conditioning has width {conditioning.shape[-1]}, this model reads {wanted}.",
-                "Encode the prompt with the text encoder that belongs to the model.",
-            )
+def _guider(model: Any, positive: list, negative: list | None, cfg: float) -> Any:
+    """The host's guider, with the conditionings on the device: once, as the host would copy them at each step."""
+    conditionings = {"positive": positive}
+    # without it the host runs no second pass, as at cfg 1
+    if negative is not None:
+        conditionings["negative"] = negative
+    guider = comfy.samplers.CFGGuider(model)
+    device = model.load_device
+    guider.inner_set_conds({
+        name: [[_moved(tensor, device), _with_moved_references(options, device)] for tensor, options in given]
+        for name, given in conditionings.items()
+    })  # fmt: skip
+    guider.set_cfg(cfg)
+    return guider
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.to(device, non_blocking=comfy.model_management.device_supports_non_blocking(device))  # fmt: skip
+
+
+def _with_moved_references(options: dict, device: torch.device) -> dict:
+    if REFERENCES not in options:
+        return options
+    return {**options, REFERENCES: [_moved(latents, device) for latents in options[REFERENCES]]}
+
+
+def _too_large(samples: torch.Tensor, positive: list) -> str:
+    batch, _, down, across = samples.shape
+    references = max((len(options.get(REFERENCES, ())) for _, options in positive), default=0)
+    beside = f" with {references} reference image(s)" if references else ""
+    return (
+        f"{batch} picture(s) of {across * SPATIAL_FACTOR}x{down * SPATIAL_FACTOR}{beside} need more memory than this "
+        "device has free. Make the picture or the references smaller or fewer, lower the batch size, or start ComfyUI "
+        "with --lowvram."
+    )

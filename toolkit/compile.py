@@ -33,6 +33,12 @@ _queue = ThreadPoolExecutor(1, "ark-compile")
 log = logging.getLogger("ark")
 
 
+def import_ahead() -> None:
+    """Import what reading a cache takes, which is most of that time, if this user has one."""
+    if any((cache_folder() / "compiled").glob("*/*.trace")):
+        traces.available()
+
+
 class Compiler:
     """Compiles functions with one mode and one cache on disk.
 

@@ -1,13 +1,14 @@
 // Opens a ComfyUI in headless Chromium as a user would: loads a workflow into the canvas, runs it, waits for the image.
-// node open_workflow.mjs URL WORKFLOW.json CHROMIUM SCREENSHOT.png : prints one line of JSON with what it saw.
+// node open_workflow.mjs URL WORKFLOW.json CHROMIUM SCREENSHOT.png [OTHER.json ...] : prints one line of JSON with what it
+// saw. The others are opened first, and not run: `others` has for each what `seen` has of the one that is run.
 // playwright-core is found through PLAYWRIGHT_CORE (its folder) or NODE_PATH.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 
-const [url, workflowFile, chromium, screenshot] = process.argv.slice(2);
+const [url, workflowFile, chromium, screenshot, ...otherFiles] = process.argv.slice(2);
 const { chromium: browserType } = createRequire(import.meta.url)(process.env.PLAYWRIGHT_CORE || "playwright-core");
-const workflow = JSON.parse(readFileSync(workflowFile, "utf8"));
-const seen = { errors: [], failedRequests: [] };
+const read = (file) => JSON.parse(readFileSync(file, "utf8"));
+const seen = { errors: [], failedRequests: [], others: {} };
 
 const browser = await browserType.launch({
   executablePath: chromium,
@@ -34,9 +35,8 @@ try {
   await page.waitForFunction(() => window.app?.graph && window.LiteGraph?.registered_node_types?.ArkSampler4Step, null, {
     timeout: 60000,
   });
-  Object.assign(
-    seen,
-    await page.evaluate(async (json) => {
+  const open = (workflow) =>
+    page.evaluate(async (json) => {
       await app.loadGraphData(json);
       const nodes = app.graph.nodes ?? app.graph._nodes;
       const links = app.graph.links instanceof Map ? app.graph.links.size : Object.keys(app.graph.links).length;
@@ -48,8 +48,9 @@ try {
         prompt: prompt.output,
         dialog: document.querySelector('[role="dialog"]')?.innerText ?? "",
       };
-    }, workflow),
-  );
+    }, workflow);
+  for (const file of otherFiles) seen.others[file] = await open(read(file));
+  Object.assign(seen, await open(read(workflowFile)));
   seen.run = await page.evaluate(async () => {
     const progress = [];
     app.api.addEventListener("progress", (event) => progress.push([event.detail.value, event.detail.max]));

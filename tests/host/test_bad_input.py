@@ -332,6 +332,7 @@ def test_latent_of_the_wrong_channels(server, lives_on, node, channels):
         ("steps", 51, "max of 50"),
         ("denoise", 0.0, "min of 0.01"),
         ("denoise", 1.5, "max of 1.0"),
+        ("cfg", -1.0, "min of 0.0"),
     ],
 )
 def test_number_out_of_range(server, lives_on, name, value, limit):
@@ -339,6 +340,30 @@ def test_number_out_of_range(server, lives_on, name, value, limit):
     assert "ArkSampler4Step" in text and name in text
     assert str(value) in text
     assert limit in text
+
+
+def test_cfg_without_a_negative(server, lives_on):
+    text = refused(server, server.graph(ArkSampler4Step={"cfg": 3.0}, EmptyFlux2LatentImage=SMALL))
+    assert "cfg is 3, and there is no negative" in text
+    assert "set cfg to 1" in text
+
+
+def test_five_reference_images(server, lives_on):
+    graph = server.graph(EmptyFlux2LatentImage=SMALL)
+    sampler = graph[server.node_of(graph, "ArkSampler4Step")]["inputs"]
+    vae = graph[server.node_of(graph, "VAEDecode")]["inputs"]["vae"]
+    graph["image"] = {
+        "class_type": "EmptyImage",
+        "inputs": {"width": 70, "height": 50, "batch_size": 5, "color": 0},
+    }
+    graph["references"] = {
+        "class_type": "ArkReferenceImages",
+        "inputs": {"conditioning": sampler["positive"], "vae": vae, "image1": ["image", 0]},
+    }
+    sampler["positive"] = ["references", 0]
+    text = refused(server, graph)
+    assert "ArkReferenceImages" in text
+    assert "There are 5 reference images" in text and "Connect fewer" in text
 
 
 def test_attention_that_does_not_exist(server, lives_on):

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import threading
+import time
 
 import comfy.model_management
 import folder_paths
@@ -22,6 +23,7 @@ from ..toolkit.embedded import preferred
 from ..toolkit.rates import link_rate
 
 DELAY = 0.5  # s; the server comes up first
+LATER = 5.0  # s; whoever queues at once does not compete with an import
 FOLDERS = ("diffusion_models", "text_encoders", "vae")
 log = logging.getLogger("ark")
 
@@ -51,7 +53,9 @@ def prepare() -> None:
         load_vae(vae, ahead=False)
         load_text_encoder(text_encoder, ahead=False)
         warm_up_attention(model, _busy)
-        import_ahead()
+        time.sleep(LATER)
+        if not _busy():
+            import_ahead()
     except Exception as error:  # whoever loads a model meets it again, and says so
         log.debug("Ark could not prepare (%s).", error)
 

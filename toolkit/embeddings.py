@@ -88,13 +88,13 @@ class Embeddings:
         """
         self._remember(key, tensors)
         self._writing = [write for write in self._writing if not write.done()]
-        if lasting and self.on_disk and len(self._writing) < WAITING:
+        if len(self._writing) < WAITING:
             # its thread is waited for when the process ends
             self._writer = self._writer or futures.ThreadPoolExecutor(1, "ark-embeddings")
-            self._writing.append(self._writer.submit(self._write, key, tensors))
+            self._writing.append(self._writer.submit(self._settle, key, tensors, lasting))
 
     def settle(self) -> None:
-        """Wait until everything is on disk."""
+        """Wait until everything is where it will stay."""
         futures.wait(self._writing)
 
     def _path(self, key: str) -> Path:
@@ -106,6 +106,16 @@ class Embeddings:
             self._recent.move_to_end(key)
             while sum(map(_nbytes, self._recent.values())) > self.in_memory and self._recent:
                 self._recent.popitem(last=False)
+
+    def _settle(self, key: str, tensors: Tensors, lasting: bool) -> None:
+        """In the background: keep a copy in place of pinned memory, which the next result then finds free; and on disk."""
+        if any(tensor.is_pinned() for tensor in tensors.values()):
+            tensors = {name: torch.empty_like(tensor, pin_memory=False).copy_(tensor) for name, tensor in tensors.items()}  # fmt: skip
+            with self._lock:
+                if key in self._recent:
+                    self._recent[key] = tensors
+        if lasting and self.on_disk:
+            self._write(key, tensors)
 
     def _write(self, key: str, tensors: Tensors) -> None:
         try:

@@ -168,6 +168,7 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
 
         A flat buffer is given up whole, then what fits is loaded by the host, module by module.
         """
+        self.masters.changed()  # who refers to what leaves would keep it on the device
         away = self.masters.homes.keys() - self.masters.at_home(self.model)
         if self.model.model_lowvram or not away:
             with self._dropping(away):

@@ -72,19 +72,8 @@ def load_text_encoder(path: str | Path, ahead: bool = True) -> tuple[Any, TextEn
         clip = staticmethod(_text_encoder_class())
         tokenizer = staticmethod(klein_tokenizer)
 
-    options = {
-        "initial_device": torch.device("meta"),
-        "dtype": wanted["model.layers.0.input_layernorm.weight"].dtype,  # never quantised
-        f"{ENCODER}_model_config": {
-            "vocab_size": dims.vocab_size,
-            "hidden_size": dims.hidden_size,
-            "intermediate_size": dims.intermediate_size,
-            "num_hidden_layers": NEEDED_LAYERS,
-            "num_attention_heads": dims.num_heads,
-            "num_key_value_heads": dims.num_key_value_heads,
-        },
-        **_quantisation_options(quantisation),
-    }
+    dtype = wanted["model.layers.0.input_layernorm.weight"].dtype  # never quantised
+    options = _options(dims, dtype) | _quantisation_options(quantisation)
     if quantisation is None:
         shape = (dims, options["dtype"])
         warm_up("text encoder", shape, device, lambda: _encode_shallow(options, wanted, device))
@@ -100,6 +89,19 @@ def load_text_encoder(path: str | Path, ahead: bool = True) -> tuple[Any, TextEn
     getattr(clip.cond_stage_model, ENCODER).engine = TextEngine(clip.patcher.masters)
     remember_origin(clip.patcher, lambda file: load_text_encoder(file)[0].patcher, path)
     return CachedCLIP.of(clip, embeddings), dims
+
+
+def _options(dims: TextEncoderDims, dtype: torch.dtype) -> dict[str, Any]:
+    """What the host's text model calls its dimensions."""
+    size = {
+        "vocab_size": dims.vocab_size,
+        "hidden_size": dims.hidden_size,
+        "intermediate_size": dims.intermediate_size,
+        "num_hidden_layers": NEEDED_LAYERS,
+        "num_attention_heads": dims.num_heads,
+        "num_key_value_heads": dims.num_key_value_heads,
+    }
+    return {"initial_device": torch.device("meta"), "dtype": dtype, f"{ENCODER}_model_config": size}
 
 
 def _encode_shallow(options: dict[str, Any], weights: dict, device: torch.device) -> None:
@@ -187,6 +189,26 @@ def _tokenizer_class() -> type:
     return KleinTokenizer
 
 
+def embed_tokens(encoder: Any, tokens: list[list], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """As the host's `process_tokens`, which goes through them one by one.
+
+    Args:
+        encoder: the host's SDClipModel of Klein.
+        tokens: a list of ids for each section, all of one length; embeddings of a user's file among them.
+        device: where to.
+
+    Returns:
+        [B, seq_len, C] fp32, and the mask [B, seq_len].
+    """
+    if not all({*map(type, section)} == {int} and section[0] != PAD_TOKEN for section in tokens):
+        return encoder.process_tokens(tokens, device)[:2]
+    lengths = [(*section, PAD_TOKEN).index(PAD_TOKEN) for section in tokens]
+    ids, lengths = (torch.tensor(numbers, device=device) for numbers in (tokens, lengths))
+    embeds = encoder.transformer.get_input_embeddings()(ids, out_dtype=torch.float32)
+    present = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+    return embeds, present.long()
+
+
 def _text_encoder_class(taps: tuple[int, ...] = TEXT_TAPS) -> type:
     """Qwen3 with Klein's three taps, the same on both hosts."""
 
@@ -204,19 +226,8 @@ def _text_encoder_class(taps: tuple[int, ...] = TEXT_TAPS) -> type:
             layers = self.engine and self.engine.layers(self.transformer.model)
             if not layers:
                 return None
-            embeds, present = self.embed(tokens, layers[0].q.device)
+            embeds, present = embed_tokens(self, tokens, layers[0].q.device)
             return self.engine.run(layers, embeds, present, taps), present
-
-        def embed(self, tokens, device):
-            """As the host's `process_tokens`, which goes through them one by one."""
-            usual = all({*map(type, section)} == {int} and section[0] != PAD_TOKEN for section in tokens)  # fmt: skip
-            if not usual:
-                return self.process_tokens(tokens, device)[:2]
-            lengths = [(*section, PAD_TOKEN).index(PAD_TOKEN) for section in tokens]
-            ids, lengths = (torch.tensor(numbers, device=device) for numbers in (tokens, lengths))
-            embeds = self.transformer.get_input_embeddings()(ids, out_dtype=torch.float32)
-            present = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-            return embeds, present.long()
 
         def __init__(self, device="cpu", dtype=None, model_options=None, **_):
             super().__init__(

@@ -17,7 +17,7 @@ sys.path.append(str(pack_parent))
 from tiny_klein import difference  # noqa: E402
 
 from ark.patches import text_engine  # noqa: E402
-from ark.patches.text_encoder import ENCODER, load_text_encoder  # noqa: E402
+from ark.patches.text_encoder import ENCODER, embed_tokens, load_text_encoder  # noqa: E402
 from ark.toolkit.embedded import embedded_text_encoder  # noqa: E402
 
 PROMPTS = {
@@ -77,7 +77,7 @@ with torch.inference_mode():
         [plain[:9]],
     ):
         mine, host_s = (
-            model.embed(tokens, torch.device("cpu")),
+            embed_tokens(model, tokens, torch.device("cpu")),
             model.process_tokens(tokens, torch.device("cpu")),
         )
         found["embedded"] = [*found.get("embedded", []), *map(torch.equal, mine, host_s[:2])]

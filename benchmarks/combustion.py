@@ -46,11 +46,11 @@ def again(args: argparse.Namespace, folder: Path, size: int) -> dict:
     import ark.patches.sampling  # noqa: F401  # as a server has long done
     from ark.patches.attention import set_attention
     from ark.patches.compile import set_compile
-    from ark.toolkit.compile import import_ahead
+    from ark.toolkit.compile import read_ahead
 
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("ark").setLevel(logging.INFO)  # why something is traced anew
-    import_ahead()  # as an idle server does
+    read_ahead()  # as an idle server does
     model, width = load_klein(folder, args.tiny)
     start = time.perf_counter()
     patched, _, compiler = set_compile(set_attention(model, "auto")[0], args.mode)

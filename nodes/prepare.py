@@ -18,7 +18,7 @@ from ..patches.text_encoder import klein_tokenizer, load_text_encoder
 from ..patches.transformer import load_transformer
 from ..patches.vae import load_vae
 from ..patches.warmup import warm_up_attention
-from ..toolkit.compile import import_ahead
+from ..toolkit.compile import read_ahead
 from ..toolkit.embedded import preferred
 from ..toolkit.rates import link_rate
 
@@ -39,7 +39,7 @@ def prepare_in_background() -> None:
 def prepare() -> None:
     """Open what the loader would offer first, which warms CUDA up for its dimensions, and build the tokenizer meanwhile.
 
-    Who compiled before gets torch's compiler imported, too.
+    What was compiled last is read, too.
     """
     try:
         device = comfy.model_management.get_torch_device()
@@ -55,7 +55,7 @@ def prepare() -> None:
         warm_up_attention(model, _busy)
         time.sleep(LATER)
         if not _busy():
-            import_ahead()
+            read_ahead()
     except Exception as error:  # whoever loads a model meets it again, and says so
         log.debug("Ark could not prepare (%s).", error)
 

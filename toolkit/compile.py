@@ -1,7 +1,7 @@
 """torch.compile for one kind of block: what it traced and compiled is counted, and kept for the next process.
 
 The settings of a compilation travel with it (`config_patches`); no configuration of torch is changed, no environment
-variable set. What is kept is read in the background, where torch's compiler is imported if it will be needed.
+variable set. What is kept is read in the background, by a server that idles before anybody queues.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,70 @@ MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
 FILES = (
     16  # of a kind, kept at most; what an older one held is in a newer one too if it was used since
 )
+TORCHS, TRACE = ".bin", ".trace"  # suffixes of the files
 _loaded: set[Path] = set()
+_ahead: dict[Path, Future] = {}  # what is read, or was, and nobody has asked for
 _queue = ThreadPoolExecutor(1, "ark-compile")
 log = logging.getLogger("ark")
 
 
-def import_ahead() -> None:
-    """Import what reading a cache takes, which is most of that time, if this user has one."""
-    if any((cache_folder() / "compiled").glob("*/*.trace")):
-        traces.available()
+@dataclass
+class Kept:
+    """What earlier processes left in a folder.
+
+    Attributes:
+        tracing: whether what is traced can be kept there, too.
+        ready: what was traced, ready to run.
+        torchs: whether torch's own cache was there.
+    """
+
+    tracing: bool = False
+    ready: list[traces.Ready] = field(default_factory=list)
+    torchs: bool = False
+
+
+def read_ahead() -> None:
+    """Read what was compiled last, if this user compiles: it takes seconds, which a server has until somebody queues."""
+    found = (cache_folder() / "compiled").glob(f"*/*{TRACE}")
+    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    if newest:
+        _ahead[newest.parent] = _queue.submit(_read, newest.parent, True)
+        _ahead[newest.parent].result()
+
+
+def _read(folder: Path, with_traces: bool) -> Kept:
+    """Torch's cache and the traces of a folder; without any, torch's compiler is imported."""
+    kept = Kept()
+    try:
+        kept.tracing = with_traces and traces.available()
+        files = sorted(folder.glob(f"*{TORCHS}"))
+        kept.torchs = bool(files)
+        for file in files:
+            if file not in _loaded:
+                _loaded.add(file)
+                if torch.compiler.load_cache_artifacts(file.read_bytes()) is None:
+                    log.warning("Ark: %s is damaged and not used.", file)
+        for file in sorted(folder.glob(f"*{TRACE}")) if kept.tracing else ():
+            kept.ready += _read_trace(file)
+        if not kept.ready:  # else most likely nothing is compiled, and this takes seconds
+            importlib.import_module("torch._inductor.compile_fx")
+    except Exception as error:  # torch's own way remains
+        if threading.main_thread().is_alive():  # else the process ends before anyone compiled
+            log.warning("Ark compile: %s is not used (%s: %s).", folder, type(error).__name__, error)  # fmt: skip
+    return kept
+
+
+def _read_trace(file: Path) -> list[traces.Ready]:
+    """One, or none if it does not hold any more."""
+    try:
+        trace = traces.Trace.read(file)
+        if path := trace.stale():
+            log.info("Ark compile: %s is traced anew, as %s changed.", trace.function, path)
+            return []
+        return [traces.Ready(trace)]
+    except Exception as error:  # whatever torch raises at its own bytes: it is compiled anew
+        log.warning("Ark: %s is damaged and not used (%s: %s).", file, type(error).__name__, error)  # fmt: skip
+        return []
 
 
 class Compiler:
@@ -50,18 +106,19 @@ class Compiler:
         graphs: how many graphs were traced since this was made, compiled or not; doing so anew counts, too.
         found: how many graphs of earlier processes are in use, with nothing traced.
         seconds: that torch's backend took.
-        keeps_traces: whether what is traced is kept, too (since torch 2.9; not for what CUDA records).
     """
 
     def __init__(self, mode: str, cache: Path | None):
         self.mode = mode
         self.cache = cache if hasattr(torch.compiler, "load_cache_artifacts") else None
-        self.graphs, self.found, self.seconds, self.keeps_traces = 0, 0, 0.0, False
+        self.graphs, self.found, self.seconds = 0, 0, 0.0
         self._fresh = False  # something was compiled that the cache does not have
         self._compiled: dict[Callable, Callable] = {}
-        self._ready: list[traces.Ready] = []
         self._made: list[traces.Trace] = []
-        self._reading: Future | None = _queue.submit(self._read) if self.cache else None
+        self._kept, self._reading = Kept(), None
+        if self.cache:
+            ahead, with_traces = _ahead.pop(self.cache, None), mode != "reduce-overhead"
+            self._reading = ahead or _queue.submit(_read, self.cache, with_traces)
 
     def __call__(self, function: Callable, prepare: Callable[..., None] | None = None) -> Callable:
         """The compiled function; the same one for the same function.
@@ -93,12 +150,21 @@ class Compiler:
         """Wait until what is kept was read."""
         reading, self._reading = self._reading, None
         if reading:
-            reading.result()
+            self._kept = reading.result()
+            self._fresh = not self._kept.torchs
+
+    @property
+    def keeps_traces(self) -> bool:
+        """Whether what is traced is kept, too: since torch 2.9, not for what CUDA records."""
+        self.wait()
+        return self._kept.tracing
 
     def kept(self, function: Callable) -> list[traces.Ready]:
         """What earlier processes traced of a function, ready to run."""
         self.wait()
-        return [ready for ready in self._ready if ready.trace.function == traces.name_of(function)]
+        return [
+            ready for ready in self._kept.ready if ready.trace.function == traces.name_of(function)
+        ]
 
     def add(self, trace: traces.Trace) -> None:
         """Let a trace be kept."""
@@ -114,48 +180,19 @@ class Compiler:
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
             for trace in made:
-                trace.write(self.cache / f"{time.time_ns()}.trace")
+                trace.write(self.cache / f"{time.time_ns()}{TRACE}")
             if found:
                 # A file of its own each time: torch reads back only what was added last.
-                file = self.cache / f"{time.time_ns()}.bin"
+                file = self.cache / f"{time.time_ns()}{TORCHS}"
                 _loaded.add(file)
                 draft = file.with_suffix(".draft")
                 draft.write_bytes(found[0])
                 draft.replace(file)
-            for kind in ("*.bin", "*.trace"):
-                for old in sorted(self.cache.glob(kind))[:-FILES]:
+            for kind in (TORCHS, TRACE):
+                for old in sorted(self.cache.glob(f"*{kind}"))[:-FILES]:
                     old.unlink()
         except OSError as error:
             log.warning("Ark: what was compiled is not kept (%s).", error)
-
-    def _read(self) -> None:
-        """In the background: read torch's cache and the traces; without any, import torch's compiler."""
-        try:
-            self.keeps_traces = self.mode != "reduce-overhead" and traces.available()
-            files = sorted(self.cache.glob("*.bin"))
-            self._fresh = not files
-            for file in files:
-                if file not in _loaded:
-                    _loaded.add(file)
-                    if torch.compiler.load_cache_artifacts(file.read_bytes()) is None:
-                        log.warning("Ark: %s is damaged and not used.", file)
-            for file in sorted(self.cache.glob("*.trace")) if self.keeps_traces else ():
-                self._read_trace(file)
-            if not self._ready:  # else most likely nothing is compiled, and this takes seconds
-                importlib.import_module("torch._inductor.compile_fx")
-        except Exception as error:  # torch's own way remains
-            if threading.main_thread().is_alive():  # else the process ends before anyone compiled
-                log.warning("Ark compile: %s is not used (%s: %s).", self.cache, type(error).__name__, error)  # fmt: skip
-
-    def _read_trace(self, file: Path) -> None:
-        try:
-            trace = traces.Trace.read(file)
-            if path := trace.stale():
-                log.info("Ark compile: %s is traced anew, as %s changed.", trace.function, path)
-                return
-            self._ready.append(traces.Ready(trace))
-        except Exception as error:  # whatever torch raises at its own bytes: it is compiled anew
-            log.warning("Ark: %s is damaged and not used (%s: %s).", file, type(error).__name__, error)  # fmt: skip
 
 
 class Compiled:

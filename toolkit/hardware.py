@@ -16,8 +16,9 @@ DISTRIBUTIONS = {
     "triton": "triton-windows",
     "flash_attn_interface": "flash_attn_3",
     "flash_attn": "flash_attn_4",
+    "cudnn": "nvidia-cudnn-frontend",
 }  # where not as the package
-PACKAGES = ("triton", "sageattention", "sageattn3", "comfy_kitchen", "flash_attn_interface", "flash_attn.cute")  # fmt: skip
+PACKAGES = ("triton", "sageattention", "sageattn3", "comfy_kitchen", "flash_attn_interface", "flash_attn.cute", "cudnn")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from ark.toolkit.fused import fast, reference
-from ark.toolkit.fused.matrix import Quantised
+from ark.toolkit.fused.matrix import Quantised, quantise
 from ark.toolkit.fused.rows import Rows
+from ark.toolkit.fused.to_fp8 import to_fp8
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 CASES = [
@@ -118,3 +119,21 @@ def test_norm_turn(random, batch, length, heads, repeat, dtype):
     angles = random(torch.float32, length, 64)
     arguments = x, weight, angles.cos(), angles.sin(), repeat, 1e-6
     check(fast.norm_turn(*arguments), reference.norm_turn(*arguments))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["NHD", "HND", "part"])
+def test_to_fp8(random, case, dtype, layout):
+    batch, length, heads = case[0], case[1] + case[2], case[3]
+    x = random(dtype, batch, length, heads, 128).transpose(1, 2)
+    if layout == "HND":
+        x = x.contiguous()
+    elif layout == "part":  # of a row that holds more
+        x = random(dtype, batch, length, 3 * heads * 128)[..., heads * 128 : 2 * heads * 128]
+        x = x.unflatten(2, (heads, 128)).transpose(1, 2)
+    data, scale = to_fp8(x)
+    rows = quantise(x.transpose(1, 2).reshape(1, -1))
+    assert data.shape == x.shape and data.transpose(1, 2).is_contiguous()
+    found = Quantised(data.transpose(1, 2).reshape(1, -1), scale[None])
+    check(found, rows)

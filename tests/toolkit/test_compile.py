@@ -102,13 +102,13 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run(folder: Path, code: str, *arguments: str) -> tuple:
-    """What a process printed, and what it said."""
+def run(folder: Path, code: str, *arguments: str, **more: str) -> list:
+    """What a process printed, one value a line, and what it said."""
     paths = os.pathsep.join((str(PACK_PARENT), str(folder)))
-    env = {**os.environ, "PYTHONPATH": paths, "TORCHINDUCTOR_CACHE_DIR": str(folder / "torch")}
+    env = {**os.environ, "PYTHONPATH": paths, "TORCHINDUCTOR_CACHE_DIR": str(folder / "torch"), **more}  # fmt: skip
     command = [sys.executable, "-c", code, str(folder / "cache"), *arguments]
     ran = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
-    return json.loads(ran.stdout), ran.stderr
+    return [*map(json.loads, ran.stdout.splitlines()), ran.stderr]
 
 
 def test_the_next_process_traces_nothing_and_writes_nothing(folder):
@@ -116,6 +116,18 @@ def test_the_next_process_traces_nothing_and_writes_nothing(folder):
     assert {file.suffix for file in files} == {".trace", ".bin"}
     assert run(folder, CODE)[0] == [True, 0, 2]
     assert sorted((folder / "cache").iterdir()) == files
+
+
+def test_a_server_that_idles_has_read_it_before_anybody_asks(folder, tmp_path):
+    shutil.copytree(folder / "cache", tmp_path / "compiled" / "one")
+    shutil.copytree(folder / "cache", tmp_path / "compiled" / "other")
+    for file in (tmp_path / "compiled" / "other").iterdir():
+        os.utime(file, (1, 1))  # compiled long ago
+    ahead = "import blocks\nfrom ark.toolkit import compile\ncompile.read_ahead()\nread = dict(compile._ahead)\n"
+    code = ahead + CODE.replace("sys.argv[1]", repr(str(tmp_path / "compiled" / "one")))
+    code += "print(json.dumps([[p.name, len(f.result().ready)] for p, f in read.items()] + [len(compile._ahead)]))"
+    found, read, _ = run(folder, code, ARK_CACHE_DIR=str(tmp_path))
+    assert read == [["one", 2], 0] and found == [True, 0, 2]
 
 
 def test_what_changed_is_seen_and_said(folder):

@@ -20,10 +20,9 @@ from .kernels import KERNELS, AttentionKernel
 from .kernels.sdpa import attend_math
 from .notebook import recall, remember
 
-RELATIVE_ERROR = {
-    True: 0.1,
-    False: 0.02,
-}  # at most, against fp32, of kernels that quantise and of those that do not
+# At most, against fp32, of kernels that quantise and of those that do not. INT8 kernels have 0.016 on random numbers, those
+# in fp8 0.06: they run where they are named.
+RELATIVE_ERROR = {True: 0.03, False: 0.02}
 COSINE = 0.995  # at least
 WARM_UP, REPEAT = 3, 10
 STEADY, ATTEMPTS = 1.5, 3  # the spread of what is remembered; how often it is tried

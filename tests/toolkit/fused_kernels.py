@@ -8,7 +8,7 @@ import torch
 from ark.toolkit.fused import fast, reference
 from ark.toolkit.fused.matrix import Quantised, quantise
 from ark.toolkit.fused.rows import Rows
-from ark.toolkit.fused.to_fp8 import to_fp8
+from ark.toolkit.fused.to_fp8 import to_fp8, widen
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 CASES = [
@@ -135,5 +135,14 @@ def test_to_fp8(random, case, dtype, layout):
     data, scale = to_fp8(x)
     rows = quantise(x.transpose(1, 2).reshape(1, -1))
     assert data.shape == x.shape and data.transpose(1, 2).is_contiguous()
-    found = Quantised(data.transpose(1, 2).reshape(1, -1), scale[None])
+    found = Quantised(data.transpose(1, 2).reshape(1, -1), scale[None, :1])
     check(found, rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_widen(random, dtype):
+    data, scale = to_fp8(random(torch.float32, 2, 3, 70, 64))
+    found = widen(data, scale, dtype)
+    assert found.dtype == dtype and found.stride() == data.stride()
+    torch.testing.assert_close(found, (data.float() * scale[0]).to(dtype))
+    assert scale[0] * scale[1] == pytest.approx(1)

@@ -23,6 +23,7 @@ from comfy.cli_args import args
 from ..toolkit.embeddings import Embeddings, Tensors
 from ..toolkit.igniter import OpenedModel
 
+TEXTS = 16  # whose tokens are remembered
 FORMAT = 1  # counts up when what is kept means something else
 # what its numbers depend on
 SOURCES = "toolkit/qwen3.py", "toolkit/fused/text.py", "toolkit/fused/swiglu.py", "toolkit/fused/reference.py", "patches/text_engine.py", "patches/text_encoder.py"  # fmt: skip
@@ -48,14 +49,26 @@ class CachedCLIP(comfy.sd.CLIP):
         """Make one in place of a CLIP that the host built."""
         made = cls(no_init=True)
         vars(made).update(vars(clip))
-        made.embeddings, made.bypassed = embeddings, set()
+        made.embeddings, made.bypassed, made._tokens = embeddings, set(), {}
         return made
 
     def clone(self, *given: Any, **named: Any) -> CachedCLIP:
         """As the host's; what is kept is shared."""
         made = self.of(super().clone(*given, **named), self.embeddings)
-        made.bypassed = self.bypassed
+        made.bypassed, made._tokens = self.bypassed, self._tokens
         return made
+
+    def tokenize(self, text: str, return_word_ids: bool = False, **options: Any) -> dict:
+        """As the host's; the last texts are remembered, without a user's embeddings, whose files may change."""
+        if return_word_ids or options or self.tokenizer_options or "embedding:" in text:
+            return super().tokenize(text, return_word_ids, **options)
+        key = text, id(self.tokenizer)
+        if key not in self._tokens:
+            self._tokens[key] = super().tokenize(text)
+            while len(self._tokens) > TEXTS:
+                self._tokens.pop(next(iter(self._tokens)))
+        # other nodes may write into what they get
+        return {name: list(map(list, sections)) for name, sections in self._tokens[key].items()}
 
     def encode_from_tokens(
         self, tokens: dict, return_pooled: bool | str = False, return_dict: bool = False

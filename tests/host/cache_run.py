@@ -97,6 +97,12 @@ def first_run():
     shapes = clip.encode_from_tokens(tokens), clip.encode_from_tokens(tokens, return_pooled=True)
     found["forms"] = torch.equal(shapes[0], plain) and torch.equal(shapes[1][0], plain) and shapes[1][1] is None  # fmt: skip
 
+    # tokens are remembered; what a node writes into its own changes nobody else's
+    mine, of_host = clip.tokenize(PROMPT), clip.tokenizer.tokenize_with_weights(PROMPT)
+    found["tokens"] = [mine == of_host, mine[ENCODER][0] is not clip.tokenize(PROMPT)[ENCODER][0]]
+    mine[ENCODER][0][0] = (0, 2.0)
+    found["tokens"].append(clip.clone().tokenize(PROMPT) == of_host)
+
     # what the host's syntax makes of a prompt is what counts
     word = encode("word", clip, PROMPT.replace("red", "(red:1.3)"))
     same("word", word, by_host(clip, clip.tokenize(PROMPT.replace("red", "(red:1.3)"))))

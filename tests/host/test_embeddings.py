@@ -53,6 +53,10 @@ def test_after_a_restart_it_does_not_load_the_encoder(runs):
     assert again["sources"]["fresh"] == ["encoder", 1, 1]
 
 
+def test_remembered_tokens_are_the_hosts(runs):
+    assert runs[0]["tokens"] == [True, True, True]
+
+
 def test_what_changes_the_result_is_noticed(runs):
     names = {"word", "lora", "lora strength", "forward hook"}
     assert runs[0]["differs"].keys() - {"weights"} == names

@@ -72,6 +72,8 @@ def draw(asked: list[tuple[Any, str]]) -> dict[str, tuple[Any, float]]:
     if torch.cuda.is_available():  # takes minutes on a CPU
         models["compiled"], *_ = set_compile(best, "default")
     models |= {f"fused_{precision}": set_fused(best, precision)[0] for precision in ("bf16", "fp8")}
+    if "cudnn_fp8" in models:
+        models["fused_fp8_cudnn_fp8"], _ = set_fused(models["cudnn_fp8"], "fp8")
     found = {}
     for mode in [*models, REFERENCE]:
         mine = models[mode] if mode in models else in_fp32(model)

@@ -5,6 +5,7 @@ The result is a mean of v's rows, so what v is scaled by is enough room for it, 
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections import OrderedDict
 from typing import Any
@@ -21,6 +22,7 @@ SCALES = "descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o
 _plans: OrderedDict[tuple, _Plan] = OrderedDict()
 _handles: dict[torch.device, Any] = {}
 _lock = threading.RLock()
+atexit.register(_plans.clear)  # before the package's own end, which complains of what is left
 
 
 class _Plan:

@@ -14,6 +14,7 @@ from typing import Any
 import comfy.ldm.modules.diffusionmodules.model as host
 import torch
 
+from ..toolkit.architecture import SPATIAL_FACTOR
 from ..toolkit.autoencoder import Decoder, Encoder, decode, encode
 from ..toolkit.fused.graph import Graphs
 from ..toolkit.fused.reference_pixels import EPS, GROUPS
@@ -35,6 +36,7 @@ TENSORS = {
     "encode": (4.0, 2.5),
 }  # of the largest size, needed at once: at one go, in bands
 MOST = 1 << 31  # numbers of the largest tensor, from where on libraries count differently
+PARTS = {"decode": host.Decoder, "encode": host.Encoder}
 log = logging.getLogger("ark")
 
 
@@ -54,7 +56,9 @@ class VaeEngine:
     def __init__(self, model: Any, masters: Any = None):
         self.model, self.graphs, self.choices = model, Graphs(), USUAL
         self.reasons: set[str] = set()
-        self._records: dict[str, Decoder | Encoder] = {}
+        self._records: dict[
+            str, tuple[tuple[int, int], Decoder | Encoder]
+        ] = {}  # and where the weights lay
         if masters is not None:
             masters.watchers.add(self)
 
@@ -63,51 +67,83 @@ class VaeEngine:
         self.graphs.clear()
         self._records.clear()
 
+    def refuse(self, reason: str) -> None:
+        """The host has to run it; the log says why, once."""
+        if reason not in self.reasons:
+            self.reasons.add(reason)
+            log.info("Ark VAE: ComfyUI's own code runs (%s).", reason)
+
+    def hopeful(self, way: str, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether it is worth trying, before the weights are on the device; the log says why not, once."""
+        if device.type not in DEVICES or dtype not in DTYPES:
+            self.refuse(f"it is {str(dtype).removeprefix('torch.')} on {device.type}")
+        elif type(getattr(self.model, PARTS[way].__name__.lower())) is not PARTS[way] or any(map(_changed, self.model.modules())):  # fmt: skip
+            self.refuse("another node has changed the VAE")
+        else:
+            return True
+        return False
+
     def record(self, way: str) -> Any:
-        """The weights of one way, "decode" or "encode"; None if the host has to run it, the log says why, once."""
-        try:
-            if any(map(_changed, self.model.modules())):
-                raise Unknown("another node has changed the VAE")
-            if way not in self._records:
-                self._records[way] = (_decoder if way == "decode" else _encoder)(self.model)
-            return self._records[way]
-        except Unknown as unknown:
-            if str(unknown) not in self.reasons:
-                self.reasons.add(str(unknown))
-                log.info("Ark VAE: ComfyUI's own code runs (%s).", unknown)
-            return None
+        """The weights of one way, "decode" or "encode", whose part is `hopeful`; None if the host has to run it."""
+        part = self.model.decoder if way == "decode" else self.model.encoder
+        lies = part.conv_in.weight.data_ptr(), part.conv_out.weight.data_ptr()
+        if self._records.get(way, (None,))[0] != lies:
+            try:
+                made = _decoder(self.model) if way == "decode" else _encoder(self.model)
+            except Unknown as unknown:
+                self.refuse(str(unknown))
+                return None
+            self._records[way] = lies, made
+        return self._records[way][1]
 
     def needed(self, way: str, height: int, width: int, band: bool = False) -> int:
         """Bytes that a picture takes while it is computed, px; an estimate."""
-        side = self.model.decoder if way == "decode" else self.model.encoder
-        one = height * width * side.ch * self.dtype.itemsize
-        return int(one * TENSORS[way][band]) + ROOM
+        at_once, in_bands = TENSORS[way]
+        one = height * width * self._width(way) * self._itemsize
+        return int(one * (in_bands if band else at_once)) + ROOM
+
+    def copies(self, way: str) -> int:
+        """Bytes of the copies of weights that are still to be made."""
+        part = self.model.decoder if way == "decode" else self.model.encoder
+        numbers = sum(weight.numel() for weight in part.parameters())
+        return 0 if way in self._records else int(1.3 * numbers * self._itemsize)
+
+    def at_once(self, way: str, batch: int, height: int, width: int, free: int) -> int:
+        """How many pictures of a batch fit into so many bytes, px; 0 if not even one does."""
+        numbers = height * width * self._width(way) * (2 if way == "decode" else 1)
+        room = (free - ROOM) // (self.needed(way, height, width) - ROOM)
+        return max(0, min(batch, room, (MOST - 1) // numbers))
+
+    def _width(self, way: str) -> int:
+        """Channels at the size of the picture."""
+        return self.model.decoder.ch if way == "decode" else self.model.encoder.ch
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self.model.post_quant_conv.weight.dtype
+    def _itemsize(self) -> int:
+        return self.model.post_quant_conv.weight.itemsize
 
-    def decode(self, record: Decoder, latents: torch.Tensor, band: bool = False) -> torch.Tensor:
-        """See `autoencoder.decode`."""
-        height, width = (16 * side for side in latents.shape[2:])
-        return self._run(decode, record, latents, self.needed("decode", height, width, band), band)
+    def decode(self, record: Decoder, latents: torch.Tensor, band: bool = False, lasting: bool = True) -> torch.Tensor:  # fmt: skip
+        """See `autoencoder.decode`; in bands if memory is short; recorded if the size is to come again."""
+        height, width = (SPATIAL_FACTOR * side for side in latents.shape[2:])
+        lasting &= len(latents) * self.needed("decode", height, width) <= RECORDED
+        return self._run(decode, record, latents, band, lasting)
 
-    def encode(self, record: Encoder, pixels: torch.Tensor, band: bool = False) -> torch.Tensor:
-        """See `autoencoder.encode`."""
-        needed = self.needed("encode", *pixels.shape[1:3], band)
-        return self._run(encode, record, pixels, needed, band)
+    def encode(self, record: Encoder, pixels: torch.Tensor, band: bool = False, lasting: bool = True) -> torch.Tensor:  # fmt: skip
+        """See `autoencoder.encode`; otherwise as `decode`."""
+        lasting &= len(pixels) * self.needed("encode", *pixels.shape[1:3]) <= RECORDED
+        return self._run(encode, record, pixels, band, lasting)
 
-    def _run(self, function: Callable, record: Any, x: torch.Tensor, needed: int, band: bool) -> torch.Tensor:  # fmt: skip
+    def _run(self, function: Callable, record: Any, x: torch.Tensor, band: bool, lasting: bool) -> torch.Tensor:  # fmt: skip
         operations, _ = operations_for(x.device)
-        choices = dataclasses.replace(self.choices, band=BAND if band else self.choices.band)
+        choices = dataclasses.replace(self.choices, band=BAND) if band else self.choices
 
         def work(x: torch.Tensor) -> torch.Tensor:
             return function(record, x, operations, choices)
 
-        if band or len(x) * needed > RECORDED:
+        if choices.band or not lasting:
             return work(x)
-        return self.graphs.run((record.first.weight.data_ptr(), function.__name__, choices), work, x)  # fmt: skip
+        key = record.first.weight.data_ptr(), function.__name__, choices
+        return self.graphs.run(key, work, x)
 
 
 def _changed(module: torch.nn.Module) -> bool:

@@ -10,10 +10,21 @@ import torch
 import torch.nn.functional as F
 
 from .fused import reference
-from .pixels import USUAL, Choices, Conv, Level, Matrix, Middle, Network, Norm, Pixels, collect
+from .pixels import (
+    COLOURS,
+    USUAL,
+    Choices,
+    Conv,
+    Level,
+    Matrix,
+    Middle,
+    Network,
+    Norm,
+    Pixels,
+    collect,
+)
 
 PACK = 2  # pixels of the encoder's result along each side of a latent position
-COLOURS = 3
 
 
 @dataclass(frozen=True)

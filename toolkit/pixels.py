@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from .fused import reference
 
+COLOURS = 3
 SCORES = 256 << 20  # bytes of attention scores at a time
 Band = tuple[int, int]  # the first line and the one after the last
 
@@ -226,12 +227,12 @@ class Network:
         factors = self.factors(x, block.norm1)
         inner = Pixels(collect(size, bands, lambda band: self.convolve_normed(x, factors, block.conv1, band)), block.conv1.bias)  # fmt: skip
         factors = self.factors(inner, block.norm2)
-        shift = block.conv2.bias if x.shift is None else block.conv2.bias + x.shift
 
         def outer(band: Band) -> torch.Tensor:
             return self.convolve_normed(inner, factors, block.conv2, band, last_use=True)
 
         if block.shortcut is None:
+            shift = block.conv2.bias if x.shift is None else block.conv2.bias + x.shift
             found = [self.operations.add(x.rows(*band), outer(band), shift) for band in bands]
             moments = found[0] if len(found) == 1 else torch.cat(found, 1)
             return Pixels(x.data, None, moments)

@@ -14,7 +14,7 @@ TURNS = 4  # of that, where nothing is summed up
 PARTS_AT_A_TIME = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "per_part"])  # else a new size is compiled anew
 def _moments(
     x, y, shift, out, positions, channels, per_part,
     ADD: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr,
@@ -65,7 +65,7 @@ def _source(position, picture, height, width):
     return at * 4 + 2 * down + across
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "per_part"])
 def _interleave(
     x, to, out, height, width, channels, per_part, STEP: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -98,7 +98,7 @@ def _interleave(
     tl.store(at + 2 * channels, tl.sum(squares, 0) - total * mean, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _factors(
     moments, weight, bias, shift, out, parts, channels, eps,
     SHIFT: tl.constexpr, IN_GROUP: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -137,7 +137,7 @@ def _factors(
     tl.store(to + channels, addend, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"])
 def _normed(
     x, factors, out, positions, channels,
     SILU: tl.constexpr, TURNS: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr,

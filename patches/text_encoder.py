@@ -18,12 +18,12 @@ import comfy.text_encoders.z_image
 import folder_paths
 import torch
 from comfy import sd1_clip
-from comfy.cli_args import args
 
 from ..toolkit.architecture import NEEDED_LAYERS, TEXT_TAPS, TextEncoderDims, needed_tensors
 from ..toolkit.embeddings import Embeddings
 from ..toolkit.igniter import open_model, strip_prefix
 from .cached_clip import CachedCLIP, encoder_name
+from .deliver import deliver
 from .residency import ResidentPatcher
 from .text_engine import TextEngine
 from .warmup import unset, warm_up
@@ -117,17 +117,6 @@ def _encode_shallow(options: dict[str, Any], weights: dict, device: torch.device
     assign(transformer, unset(needed_tensors(weights, 3), device), "the text encoder")
     encoder.set_clip_options({"execution_device": device})
     encoder.encode_token_weights({ENCODER: [[(0, 1.0)] * 512]})
-
-
-def _deliver(tensor: torch.Tensor) -> torch.Tensor:
-    """Bring a result to where the host wants it: from a GPU in one copy to pinned memory, which the sampler reads fast."""
-    device = comfy.model_management.intermediate_device()
-    if tensor.device.type == "cuda" and device.type == "cpu" and not args.disable_pinned_memory:
-        try:
-            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
-        except RuntimeError:  # there is no more such memory
-            log.debug("Ark text encoder: a result goes to memory that is not pinned.")
-    return tensor.to(device)
 
 
 def _plain_patcher() -> dict[str, bool]:
@@ -265,6 +254,8 @@ def _text_encoder_class(taps: tuple[int, ...] = TEXT_TAPS) -> type:
             states, present = found
             # [B, seq_len, taps, C] to [1, B * seq_len, taps * C], all of it in place
             conditioning = states.flatten(2).flatten(0, 1).unsqueeze(0)
-            return _deliver(conditioning), None, {"attention_mask": _deliver(present.flatten()[None])}  # fmt: skip
+            device = comfy.model_management.intermediate_device()
+            mask = {"attention_mask": deliver(present.flatten()[None], device)}
+            return deliver(conditioning, device), None, mask
 
     return KleinTextEncoder

@@ -16,7 +16,9 @@ from ..toolkit.architecture import LATENT_CHANNELS, SPATIAL_FACTOR, VaeDims
 from ..toolkit.errors import ModelFileError
 from ..toolkit.igniter import open_model, strip_prefix
 from ..toolkit.keys import is_diffusers_vae, vae_from_diffusers
+from .fast_vae import FastVAE
 from .residency import ResidentPatcher
+from .vae_engine import VaeEngine
 from .warmup import unset, warm_up
 from .weights import FP8_DTYPES, assign, remember_origin, weight_dtype
 
@@ -34,7 +36,7 @@ def load_vae(path: str | Path, ahead: bool = True) -> tuple[Any, VaeDims]:
         ahead: let the weights leave for the device at once.
 
     Returns:
-        The host's VAE and the dimensions read from the file.
+        The host's VAE, which runs in Ark's engine where that fits, and the dimensions read from the file.
 
     Raises:
         ModelFileError: the file is damaged, of another kind, or quantised.
@@ -82,7 +84,7 @@ def load_vae(path: str | Path, ahead: bool = True) -> tuple[Any, VaeDims]:
     assign(vae.first_stage_model, state_dict, name)
     vae.patcher = ResidentPatcher.of(vae.patcher, opened, None if stored == dtype else dtype)
     remember_origin(vae.patcher, lambda file: load_vae(file)[0].patcher, path)
-    return vae, dims
+    return FastVAE.of(vae, VaeEngine(vae.first_stage_model, vae.patcher.masters)), dims
 
 
 def _decode(
@@ -92,7 +94,10 @@ def _decode(
     with torch.device("meta"):
         vae = comfy.ldm.models.autoencoder.AutoencoderKL(**params).to(dtype).eval()
     assign(vae, {k: v.to(dtype) for k, v in unset(weights, device).items()}, "the VAE")
-    vae.decode(torch.zeros(1, LATENT_CHANNELS, 32, 32, dtype=dtype, device=device))
+    latents = torch.zeros(1, LATENT_CHANNELS, 32, 32, dtype=dtype, device=device)
+    engine = VaeEngine(vae)
+    record = engine.record("decode") if engine.hopeful("decode", device, dtype) else None
+    engine.decode(record, latents, lasting=False) if record else vae.decode(latents)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,11 @@
 """The Triton kernels under the names of `reference.py`; importing this needs Triton."""
 
+from .group_norm import add, factors, interleave, moments, normed
 from .modulate import modulate
 from .norm_rotate import norm_rotate
 from .quantise import quantise
+from .softmax import softmax
 from .swiglu import swiglu
 from .text import add_norm, norm_turn
 
-__all__ = ["add_norm", "modulate", "norm_rotate", "norm_turn", "quantise", "swiglu"]
+__all__ = ["add", "add_norm", "factors", "interleave", "modulate", "moments", "norm_rotate", "norm_turn", "normed", "quantise", "softmax", "swiglu"]  # fmt: skip

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from .matrix import Activations, quantise
+from .reference_pixels import add, factors, interleave, moments, normed, softmax
 from .rows import Rows
 
-__all__ = ["add_norm", "modulate", "norm_rotate", "norm_turn", "quantise", "swiglu"]
+__all__ = ["add", "add_norm", "factors", "interleave", "modulate", "moments", "norm_rotate", "norm_turn", "normed", "quantise", "softmax", "swiglu"]  # fmt: skip
 
 EPS = 1e-6  # of the norms without weights
 

@@ -1,0 +1,52 @@
+"""Tensors between a GPU and the host's memory, in one copy each and at the speed of the link, which takes pinned memory."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from comfy.cli_args import args
+
+MOST = 256 << 20  # bytes of pinned memory that one tensor may take
+log = logging.getLogger("ark")
+
+
+def deliver(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Bring a result to where the host wants it: from a GPU to pinned memory, which the next node reads fast.
+
+    Args:
+        tensor: of the result.
+        device: where to.
+    """
+    if tensor.device.type != "cuda" or device.type != "cpu":
+        return tensor.to(device)
+    there = pinned(tensor)
+    return tensor.to(device) if there is None else there.copy_(tensor)
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Bring an input to the GPU: through pinned memory, as all processor cores copy there.
+
+    Args:
+        tensor: of the input; rows and columns may lie apart.
+        device: where to.
+
+    Returns:
+        The same, contiguous.
+    """
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        if not (tensor.is_contiguous() and tensor.is_pinned()) and (there := pinned(tensor)) is not None:  # fmt: skip
+            tensor = there.copy_(tensor)
+        return tensor.to(device, non_blocking=True).contiguous()
+    return tensor.to(device).contiguous()
+
+
+def pinned(like: torch.Tensor) -> torch.Tensor | None:
+    """Pinned memory for a tensor, None if there is none to be had."""
+    if args.disable_pinned_memory or like.nbytes > MOST:
+        return None
+    try:
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+    except RuntimeError:  # there is no more such memory
+        log.debug("Ark: %d bytes go through memory that is not pinned.", like.nbytes)
+        return None

@@ -1,0 +1,152 @@
+"""A VAE that decodes and encodes with Ark's engine where that fits, and with the host's code elsewhere.
+
+One copy brings a picture to the host's memory, scaled and clamped on the device. A picture that does not fit into memory at
+one go is computed in bands of lines, with the statistics of all of it, so that no seam can be seen; only one that does not
+fit in bands either is cut into the host's tiles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import torch
+
+from ..toolkit.architecture import LATENT_CHANNELS, SPATIAL_FACTOR
+from ..toolkit.pixels import COLOURS
+from .deliver import deliver, upload
+from .vae_engine import VaeEngine
+
+WAYS = ("decode", "encode")
+log = logging.getLogger("ark")
+
+
+class FastVAE(comfy.sd.VAE):
+    """The host's VAE with an engine.
+
+    Attributes:
+        engine: None to leave everything to the host.
+    """
+
+    engine: VaeEngine | None = None
+
+    @classmethod
+    def of(cls, vae: comfy.sd.VAE, engine: VaeEngine) -> FastVAE:
+        """Make one in place of a VAE that the host built; its tiles run in the engine, too."""
+        made = cls.__new__(cls)
+        vars(made).update(vars(vae))
+        made.engine = engine
+        for way in WAYS:  # on the object
+            setattr(vae.first_stage_model, way, functools.partial(made._by_module, way))
+        return made
+
+    def detach(self) -> None:
+        """Leave everything to the host from now on."""
+        if self.engine is not None:
+            self.engine.weights_changed()
+        self.engine = None
+        for way in WAYS:
+            vars(self.first_stage_model).pop(way, None)
+
+    def decode(self, samples_in: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+        """As the host's: latents to IMAGEs [B, H, W, 3]."""
+        plain = samples_in.ndim == 4 and samples_in.shape[1] == LATENT_CHANNELS
+        if plain and not any(args) and not any(named.values()):
+            size = [SPATIAL_FACTOR * side for side in samples_in.shape[2:]]
+            found = self._run("decode", samples_in, size, lambda x: x, self.process_output)
+            if found is not None:
+                return found
+        return super().decode(samples_in, *args, **named)
+
+    def encode(self, pixel_samples: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+        """As the host's: IMAGEs [B, H, W, 3] to latents."""
+        if pixel_samples.ndim == 4 and pixel_samples.shape[3] >= COLOURS and not (args or named):
+            pixels = self.vae_encode_crop_pixels(pixel_samples)[..., :COLOURS]
+            found = self._run("encode", pixels, pixels.shape[1:3], self.process_input, lambda x: x)
+            if found is not None:
+                return found
+        return super().encode(pixel_samples, *args, **named)
+
+    def _run(
+        self,
+        way: str,
+        given: torch.Tensor,
+        size: Any,
+        before: Callable[[torch.Tensor], torch.Tensor],
+        after: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor | None:
+        """One way for a batch; None if the host has to run it."""
+        engine = self.engine
+        if engine is None or min(size) < 1 or not engine.hopeful(way, self.device, self.vae_dtype):
+            return None
+        hook = getattr(vars(self.first_stage_model).get(way), "func", None)
+        if getattr(hook, "__func__", None) is not FastVAE._by_module:
+            engine.refuse("another node has changed the VAE")
+            return None
+        needed = engine.needed(way, *size)
+        comfy.model_management.load_models_gpu(
+            [self.patcher], memory_required=needed + engine.copies(way), force_full_load=self.disable_offload
+        )  # fmt: skip
+        for count, band in self._plans(way, len(given), *size):
+            with _current(self.device):
+                try:
+                    if (record := engine.record(way)) is None:
+                        return None
+                    work = functools.partial(getattr(engine, way), record, band=band)
+                    return self._pieces(given, count, lambda x, work=work: after(work(before(x))))
+                except torch.cuda.OutOfMemoryError as error:
+                    reason = str(error).splitlines()[0]
+            # what the exception held is free here
+            log.warning("Ark VAE: out of memory (%s). It runs again with less.", reason)
+            engine.graphs.clear()
+            comfy.model_management.soft_empty_cache()
+        engine.weights_changed()
+        return None
+
+    def _plans(self, way: str, batch: int, height: int, width: int) -> Iterator[tuple[int, bool]]:
+        """How many pictures at a time, and whether in bands: what should fit, then what takes less."""
+        free = comfy.model_management.get_free_memory(self.device) - self.engine.copies(way)
+        count = self.engine.at_once(way, batch, height, width, free)
+        if count:
+            yield count, False
+            if count > 1:
+                yield 1, False
+        yield 1, True
+
+    def _pieces(self, given: torch.Tensor, count: int, work: Callable) -> torch.Tensor:
+        """Some pictures at a time, each result copied once."""
+        found = []
+        for part in given.split(count):
+            with torch.inference_mode():
+                result = work(upload(part, self.device).float())
+                result = result.to(self._output_dtype())
+            found.append(deliver(result, self.output_device))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _output_dtype(self) -> torch.dtype:
+        """Of IMAGEs and latents; older hosts know only one."""
+        wanted = getattr(self, "vae_output_dtype", None)
+        return wanted() if wanted else torch.float32
+
+    def _by_module(self, way: str, x: torch.Tensor, **named: Any) -> torch.Tensor:
+        """As the method of the host's module: a tile, with its channels before its pixels."""
+        model, engine = self.first_stage_model, self.engine
+        fits = engine is not None and not named and x.ndim == 4
+        fits = fits and engine.hopeful(way, x.device, x.dtype)
+        record = engine.record(way) if fits else None
+        if record is None:
+            return getattr(type(model), way)(model, x, **named)
+        with _current(x.device):
+            if way == "decode":
+                return engine.decode(record, x, lasting=False).movedim(-1, 1).to(x.dtype)
+            return engine.encode(record, x.movedim(1, -1).contiguous(), lasting=False).to(x.dtype)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

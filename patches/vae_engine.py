@@ -1,0 +1,272 @@
+"""The autoencoder as two functions, recorded as CUDA graphs where that helps, in place of the host's modules.
+
+The host runs them itself wherever those functions do not fit: on a CPU, from weights in anything but bf16, with weights
+that are not all on the device, or with modules that another node has changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import comfy.ldm.modules.diffusionmodules.model as host
+import torch
+
+from ..toolkit.architecture import SPATIAL_FACTOR
+from ..toolkit.autoencoder import Decoder, Encoder, decode, encode
+from ..toolkit.fused.graph import Graphs
+from ..toolkit.fused.reference_pixels import EPS, GROUPS
+from ..toolkit.fused.runner import Unknown, operations_for
+from ..toolkit.hardware import probe_hardware
+from ..toolkit.pixels import USUAL, Attention, Block, Conv, Matrix, Middle, Norm, fold
+
+DEVICES = ("cuda",)
+DTYPES = (torch.bfloat16,)
+BF16 = (8, 0)  # the first compute capability that calculates in it
+CHANNELS = 8  # what the first and the last convolution have is rounded up to a multiple, which a GPU multiplies fast
+RECORDED = (
+    2 << 30
+)  # bytes of memory that a run may need to be recorded; larger ones keep the card busy as they are
+ROOM = 512 << 20  # bytes beside the pixels: attention's scores, what convolutions work in
+BAND = 1 << 18  # pixels at a time where memory is short
+TENSORS = {
+    "decode": (6.0, 3.0),
+    "encode": (4.0, 2.5),
+}  # of the largest size, needed at once: at one go, in bands
+MOST = 1 << 31  # numbers of the largest tensor, from where on libraries count differently
+PARTS = {"decode": host.Decoder, "encode": host.Encoder}
+log = logging.getLogger("ark")
+
+
+class VaeEngine:
+    """Runs one autoencoder where its weights lie.
+
+    Args:
+        model: the host's AutoencoderKL.
+        masters: of its patcher, which say when a weight has moved or changed; None if none ever will.
+
+    Attributes:
+        graphs: recordings, one for each shape.
+        reasons: why the host ran it instead.
+        choices: how it is computed.
+    """
+
+    def __init__(self, model: Any, masters: Any = None):
+        self.model, self.graphs, self.choices = model, Graphs(), USUAL
+        self.reasons: set[str] = set()
+        self._records: dict[
+            str, tuple[tuple[int, int], Decoder | Encoder]
+        ] = {}  # and where the weights lay
+        if masters is not None:
+            masters.watchers.add(self)
+
+    def weights_changed(self) -> None:
+        """Give up what was made of the weights."""
+        self.graphs.clear()
+        self._records.clear()
+
+    def refuse(self, reason: str) -> None:
+        """The host has to run it; the log says why, once."""
+        if reason not in self.reasons:
+            self.reasons.add(reason)
+            log.info("Ark VAE: ComfyUI's own code runs (%s).", reason)
+
+    def hopeful(self, way: str, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether it is worth trying, before the weights are on the device; the log says why not, once."""
+        if device.type not in DEVICES or dtype not in DTYPES:
+            self.refuse(f"it is {str(dtype).removeprefix('torch.')} on {device.type}")
+        elif type(getattr(self.model, PARTS[way].__name__.lower())) is not PARTS[way] or any(map(_changed, self.model.modules())):  # fmt: skip
+            self.refuse("another node has changed the VAE")
+        else:
+            return True
+        return False
+
+    def record(self, way: str) -> Any:
+        """The weights of one way, "decode" or "encode", whose part is `hopeful`; None if the host has to run it."""
+        part = self.model.decoder if way == "decode" else self.model.encoder
+        lies = part.conv_in.weight.data_ptr(), part.conv_out.weight.data_ptr()
+        if self._records.get(way, (None,))[0] != lies:
+            try:
+                made = _decoder(self.model) if way == "decode" else _encoder(self.model)
+            except Unknown as unknown:
+                self.refuse(str(unknown))
+                return None
+            self._records[way] = lies, made
+        return self._records[way][1]
+
+    def needed(self, way: str, height: int, width: int, band: bool = False) -> int:
+        """Bytes that a picture takes while it is computed, px; an estimate."""
+        at_once, in_bands = TENSORS[way]
+        one = height * width * self._width(way) * self._itemsize
+        return int(one * (in_bands if band else at_once)) + ROOM
+
+    def copies(self, way: str) -> int:
+        """Bytes of the copies of weights that are still to be made."""
+        part = self.model.decoder if way == "decode" else self.model.encoder
+        numbers = sum(weight.numel() for weight in part.parameters())
+        return 0 if way in self._records else int(1.3 * numbers * self._itemsize)
+
+    def at_once(self, way: str, batch: int, height: int, width: int, free: int) -> int:
+        """How many pictures of a batch fit into so many bytes, px; 0 if not even one does."""
+        numbers = height * width * self._width(way) * (2 if way == "decode" else 1)
+        room = (free - ROOM) // (self.needed(way, height, width) - ROOM)
+        return max(0, min(batch, room, (MOST - 1) // numbers))
+
+    def _width(self, way: str) -> int:
+        """Channels at the size of the picture."""
+        return self.model.decoder.ch if way == "decode" else self.model.encoder.ch
+
+    @property
+    def _itemsize(self) -> int:
+        return self.model.post_quant_conv.weight.itemsize
+
+    def decode(self, record: Decoder, latents: torch.Tensor, band: bool = False, lasting: bool = True) -> torch.Tensor:  # fmt: skip
+        """See `autoencoder.decode`; in bands if memory is short; recorded if the size is to come again."""
+        height, width = (SPATIAL_FACTOR * side for side in latents.shape[2:])
+        lasting &= len(latents) * self.needed("decode", height, width) <= RECORDED
+        return self._run(decode, record, latents, band, lasting)
+
+    def encode(self, record: Encoder, pixels: torch.Tensor, band: bool = False, lasting: bool = True) -> torch.Tensor:  # fmt: skip
+        """See `autoencoder.encode`; otherwise as `decode`."""
+        lasting &= len(pixels) * self.needed("encode", *pixels.shape[1:3]) <= RECORDED
+        return self._run(encode, record, pixels, band, lasting)
+
+    def _run(self, function: Callable, record: Any, x: torch.Tensor, band: bool, lasting: bool) -> torch.Tensor:  # fmt: skip
+        operations, _ = operations_for(x.device)
+        choices = dataclasses.replace(self.choices, band=BAND) if band else self.choices
+
+        def work(x: torch.Tensor) -> torch.Tensor:
+            return function(record, x, operations, choices)
+
+        if choices.band or not lasting:
+            return work(x)
+        key = record.first.weight.data_ptr(), function.__name__, choices
+        return self.graphs.run(key, work, x)
+
+
+def _changed(module: torch.nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _decoder(model: Any) -> Decoder:
+    """The record; raises Unknown if something is not as the engine needs it."""
+    part = _checked(model, model.decoder, host.Decoder)
+    if part.tanh_out:
+        raise Unknown("it ends in a tanh")
+    mean, deviation = _latents(model)
+    levels = [
+        (list(map(_block, level.block)), _conv(level.upsample, double=True) if number else None)
+        for number, level in reversed(list(enumerate(part.up)))
+    ]
+    last = _conv(part.conv_out)
+    padding = -len(last.weight) % CHANNELS
+    weight = torch.nn.functional.pad(last.weight, (0, 0) * 3 + (0, padding))
+    bias = torch.nn.functional.pad(last.bias, (0, padding))
+    return Decoder(
+        mean,
+        deviation,
+        _matrix(model.post_quant_conv),
+        _conv(part.conv_in),
+        _middle(part.mid),
+        levels,
+        _norm(part.norm_out),
+        Conv(weight.contiguous(memory_format=torch.channels_last), bias),
+    )
+
+
+def _encoder(model: Any) -> Encoder:
+    """The record; raises Unknown if something is not as the engine needs it."""
+    part = _checked(model, model.encoder, host.Encoder)
+    mean, deviation = _latents(model)
+    levels = [
+        (list(map(_block, level.block)), _conv(level.downsample) if hasattr(level, "downsample") else None)
+        for level in part.down
+    ]  # fmt: skip
+    first, whole = _conv(part.conv_in), _matrix(model.quant_conv)
+    weight = torch.nn.functional.pad(first.weight, (0, 0) * 2 + (0, -first.weight.shape[1] % CHANNELS))  # fmt: skip
+    half = len(whole.bias) // 2  # the mean; the rest would be its variance
+    return Encoder(
+        Conv(weight.contiguous(memory_format=torch.channels_last), first.bias),
+        levels,
+        _middle(part.mid),
+        _norm(part.norm_out),
+        _conv(part.conv_out),
+        Matrix(whole.weight[:half], whole.bias[:half]),
+        mean,
+        deviation,
+    )
+
+
+def _checked(model: Any, part: Any, kind: type) -> Any:
+    """The encoder or decoder of the host's module, if it is of the kind that the engine knows, and on a fast device."""
+    weights = [*part.parameters(), model.quant_conv.weight, model.post_quant_conv.weight]
+    devices = {weight.device for weight in weights}
+    if len(devices) > 1:
+        raise Unknown("its weights are on several devices")
+    if (device := devices.pop()).type not in DEVICES:
+        raise Unknown(f"its weights are on {device}")
+    kinds = {weight.dtype for weight in weights}
+    if other := sorted(str(dtype).removeprefix("torch.") for dtype in kinds.difference(DTYPES)):
+        raise Unknown(f"its weights are {', '.join(other)}")
+    if (0, 0) < probe_hardware(device).compute_capability < BF16:
+        raise Unknown("this GPU does not calculate in bf16")
+    if device.type == "cuda" and (why := operations_for(device)[1]) != "operations in Triton":
+        raise Unknown(why)
+    levels = part.up if kind is host.Decoder else part.down
+    known = type(part) is kind and model.bn is not None and model.max_batch_size is None
+    if not known or getattr(part, "carried", False) or any(len(level.attn) for level in levels):
+        raise Unknown("it is not FLUX.2's")
+    return part
+
+
+def _latents(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the latents."""
+    device = model.post_quant_conv.weight.device
+    mean, variance = (t.to(device, torch.float32) for t in (model.bn.running_mean, model.bn.running_var))  # fmt: skip
+    return mean, (variance + model.bn_eps).sqrt()
+
+
+def _middle(part: Any) -> Middle:
+    attn = part.attn_1
+    q, k, v = (_matrix(layer) for layer in (attn.q, attn.k, attn.v))
+    qkv = Matrix(torch.cat((q.weight, k.weight, v.weight)), torch.cat((q.bias, k.bias, v.bias)))
+    return _block(part.block_1), Attention(_norm(attn.norm), qkv, _matrix(attn.proj_out)), _block(part.block_2)  # fmt: skip
+
+
+def _block(block: Any) -> Block:
+    if type(block) is not host.ResnetBlock or block.use_conv_shortcut:
+        raise Unknown("its blocks are of another kind")
+    shortcut = _matrix(block.nin_shortcut) if block.in_channels != block.out_channels else None
+    return Block(_norm(block.norm1), _conv(block.conv1), _norm(block.norm2), _conv(block.conv2), shortcut)  # fmt: skip
+
+
+def _conv(layer: Any, double: bool = False) -> Conv:
+    """A convolution of 3x3, its weight copied into the order that a GPU reads; `double` if the picture is doubled before."""
+    if hasattr(layer, "with_conv"):
+        if not layer.with_conv or getattr(layer, "scale_factor", 2.0) != 2.0:
+            raise Unknown("it changes sizes in another way")
+        layer = layer.conv
+    weight = _weight(layer)
+    if weight.shape[2:] != (3, 3):
+        raise Unknown("its convolutions are of another kind")
+    ordered = weight.contiguous(memory_format=torch.channels_last)
+    folded = fold(weight).contiguous(memory_format=torch.channels_last) if double else None
+    return Conv(ordered, layer.bias.detach().float(), folded)
+
+
+def _matrix(layer: Any) -> Matrix:
+    return Matrix(_weight(layer).flatten(1), layer.bias.detach().float())
+
+
+def _norm(layer: Any) -> Norm:
+    if layer.num_groups != GROUPS or layer.eps != EPS:
+        raise Unknown("its norms are of another kind")
+    return Norm(_weight(layer).float(), layer.bias.detach().float())
+
+
+def _weight(layer: Any) -> torch.Tensor:
+    if getattr(layer, "weight_function", None) or getattr(layer, "bias_function", None):
+        raise Unknown("its weights are patched while they are used")
+    return layer.weight.detach()

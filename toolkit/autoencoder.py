@@ -1,0 +1,149 @@
+"""FLUX.2's autoencoder as two functions over plain records of weights; knows no host."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .fused import reference
+from .pixels import (
+    COLOURS,
+    USUAL,
+    Choices,
+    Conv,
+    Level,
+    Matrix,
+    Middle,
+    Network,
+    Norm,
+    Pixels,
+    collect,
+)
+
+PACK = 2  # pixels of the encoder's result along each side of a latent position
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Weights of the way from latents to a picture.
+
+    Attributes:
+        mean: [128] fp32, as `deviation`, of the latents.
+        widen: what the host calls post_quant_conv.
+        last: its outputs after the third are padding.
+    """
+
+    mean: torch.Tensor
+    deviation: torch.Tensor
+    widen: Matrix
+    first: Conv
+    middle: Middle
+    levels: list[Level]
+    norm: Norm
+    last: Conv
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Weights of the way back; `first` reads three channels and padding, `narrow` gives the mean only."""
+
+    first: Conv
+    levels: list[Level]
+    middle: Middle
+    norm: Norm
+    last: Conv
+    narrow: Matrix
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
+
+def decode(
+    weights: Decoder,
+    latents: torch.Tensor,
+    operations: Any = reference,
+    choices: Choices = USUAL,
+) -> torch.Tensor:
+    """Latents to a picture.
+
+    Args:
+        weights: of the decoder; the dtype of its matrices is the one that it computes in.
+        latents: [B, 128, H / 16, W / 16], as the transformer makes them.
+        operations: between the convolutions, see `fused/reference_pixels.py`.
+        choices: how.
+
+    Returns:
+        [B, H, W, 3] fp32, about -1 to 1.
+    """
+    if choices.band and len(latents) > 1:
+        return torch.cat([decode(weights, one, operations, choices) for one in latents.split(1)])
+    network, dtype = Network(operations, choices), weights.first.weight.dtype
+    z = latents.float() * weights.deviation[:, None, None] + weights.mean[:, None, None]
+    batch, channels, height, width = z.shape
+    z = z.view(batch, channels // PACK**2, PACK, PACK, height, width).permute(0, 4, 2, 5, 3, 1)
+    z = z.reshape(batch, PACK * height, PACK * width, -1).to(dtype)
+    z = F.linear(z, weights.widen.weight, weights.widen.bias.to(dtype))
+    x = network.middle(Pixels(network.convolve(z, weights.first.weight), weights.first.bias), weights.middle)  # fmt: skip
+    for number, (blocks, up) in enumerate(weights.levels):
+        for block in blocks:
+            x = network.block(x, block)
+        if up is not None:
+            following = weights.levels[number + 1][0][0]
+            x = network.upsample(x, up, lasting=following.shortcut is None)
+    factors, bands = network.factors(x, weights.norm), list(network.bands(x.size))
+
+    def last(band: tuple[int, int]) -> torch.Tensor:
+        found = network.convolve_normed(x, factors, weights.last, band, last_use=True)
+        return found[..., :COLOURS].float() + weights.last.bias[:COLOURS]
+
+    return collect((*x.size[:3], COLOURS), bands, last)
+
+
+def encode(
+    weights: Encoder,
+    pixels: torch.Tensor,
+    operations: Any = reference,
+    choices: Choices = USUAL,
+) -> torch.Tensor:
+    """A picture to latents, the mean of what the encoder says.
+
+    Args:
+        weights: of the encoder; the dtype of its matrices is the one that it computes in.
+        pixels: [B, H, W, 3] from -1 to 1, H and W multiples of 16.
+        operations: between the convolutions, see `fused/reference_pixels.py`.
+        choices: how.
+
+    Returns:
+        [B, 128, H / 16, W / 16] fp32, as the transformer reads them.
+    """
+    if choices.band and len(pixels) > 1:
+        return torch.cat([encode(weights, one, operations, choices) for one in pixels.split(1)])
+    network, first = Network(operations, choices), weights.first.weight
+    x = F.pad(pixels.to(first.dtype), (0, first.shape[1] - pixels.shape[3]))
+    x = Pixels(network.convolve(x, first), weights.first.bias)
+    for blocks, down in weights.levels:
+        for block in blocks:
+            x = network.block(x, block)
+        x = x if down is None else network.downsample(x, down)
+    x = network.middle(x, weights.middle)
+    factors, bands = network.factors(x, weights.norm), list(network.bands(x.size))
+    size = (*x.size[:3], len(weights.last.bias))
+    y = collect(size, bands, lambda band: network.convolve_normed(x, factors, weights.last, band, last_use=True))  # fmt: skip
+    y = (y.float() + weights.last.bias).to(y.dtype)
+    z = F.linear(y, weights.narrow.weight, weights.narrow.bias.to(y.dtype)).float()
+    batch, height, width, channels = z.shape
+    z = z.view(batch, height // PACK, PACK, width // PACK, PACK, channels).permute(0, 5, 2, 4, 1, 3)
+    z = z.reshape(batch, channels * PACK**2, height // PACK, width // PACK)
+    return (z - weights.mean[:, None, None]) / weights.deviation[:, None, None]
+
+
+def nbytes(record: Any) -> int:
+    """Bytes of all tensors of a record, those that it refers to included."""
+    if torch.is_tensor(record):
+        return record.nbytes
+    if dataclasses.is_dataclass(record):
+        return sum(nbytes(getattr(record, field.name)) for field in dataclasses.fields(record))
+    return sum(map(nbytes, record)) if isinstance(record, (list, tuple)) else 0

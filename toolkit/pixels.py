@@ -1,0 +1,310 @@
+"""The layers of FLUX.2's autoencoder, over plain records of weights; knows no host.
+
+Pixels lie as [B, H, W, C], which the convolutions of a GPU read best. Convolutions add no bias: what is still to be added
+to their result, a number for each channel, goes into the pass that reads it next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .fused import reference
+
+COLOURS = 3
+SCORES = 256 << 20  # bytes of attention scores at a time
+Band = tuple[int, int]  # the first line and the one after the last
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How to compute what can be computed in more than one way.
+
+    Attributes:
+        fold: whether upsampling and its convolution are one convolution of the small picture, with 4/9 of the work.
+        attention: "rows" multiplies some rows at a time and keeps their scores in fp32, "rows_half" in the dtype of the
+            weights; "sdpa" is torch's.
+        tune: whether cuDNN tries out its algorithms at each new size.
+        band: pixels of a picture that a convolution sees at a time, None for all; what has to fit into memory shrinks
+            to about a half.
+    """
+
+    fold: bool = True
+    attention: str = "rows"
+    tune: bool = False
+    band: int | None = None
+
+
+USUAL = Choices()
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A group norm: weight and bias [C] fp32."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution: weight [out, in, k, k], in memory [out, k, k, in]; bias [out] fp32.
+
+    Attributes:
+        folded: of one that follows upsampling see `fold`.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    folded: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A convolution of single pixels: weight [out, in]; bias [out] fp32."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual block; `shortcut` where its width changes."""
+
+    norm1: Norm
+    conv1: Conv
+    norm2: Norm
+    conv2: Conv
+    shortcut: Matrix | None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A residual attention block of one head; `qkv` is [3 * C, C]."""
+
+    norm: Norm
+    qkv: Matrix
+    out: Matrix
+
+
+Middle = tuple[Block, Attention, Block]
+Level = tuple[list[Block], Conv | None]  # blocks, and how the size changes after them
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Pixels [B, H, W, C], what is still to be added to them ([C] fp32), and their moments, where known."""
+
+    data: torch.Tensor
+    shift: torch.Tensor | None = None
+    moments: torch.Tensor | None = None
+
+    @property
+    def size(self) -> torch.Size:
+        """Of the data."""
+        return self.data.shape
+
+    def rows(self, top: int, bottom: int) -> torch.Tensor:
+        """Some lines of the picture."""
+        return self.data if bottom - top == self.size[1] else self.data[:, top:bottom]
+
+
+@dataclass(frozen=True)
+class Upsampled:
+    """Pixels that are computed when they are asked for; see `Pixels`."""
+
+    small: torch.Tensor
+    conv: Conv
+    network: Network
+    moments: torch.Tensor | None = None
+
+    @property
+    def shift(self) -> torch.Tensor:
+        """Still to be added."""
+        return self.conv.bias
+
+    @property
+    def size(self) -> torch.Size:
+        """[B, H, W, C]."""
+        batch, height, width, _ = self.small.shape
+        return torch.Size((batch, 2 * height, 2 * width, len(self.conv.bias)))
+
+    def rows(self, top: int, bottom: int) -> torch.Tensor:
+        """Some lines of the picture."""
+        first, last = max(0, top // 2 - 1), min(self.small.shape[1], (bottom + 1) // 2 + 1)
+        found, _ = self.network.enlarge(self.small[:, first:last], self.conv)
+        return found[:, top - 2 * first : bottom - 2 * first]
+
+
+def fold(weight: torch.Tensor) -> torch.Tensor:
+    """The weight of a convolution that follows upsampling, for the small picture.
+
+    Doubled pixels are read with the same numbers, so that of three lines two are one: an even line of the result sees the
+    line before and its own, an odd one its own and the next.
+
+    Args:
+        weight: [out, in, 3, 3].
+
+    Returns:
+        [4 * out, in, 2, 2], for even and odd lines and in them even and odd columns; see `reference_pixels.interleave`.
+    """
+    wide = weight.float()
+
+    def halves(w: torch.Tensor, dim: int) -> list[torch.Tensor]:
+        a, b, c = w.unbind(dim)
+        return [torch.stack((a, b + c), dim), torch.stack((a + b, c), dim)]
+
+    phases = [phase for lines in halves(wide, 2) for phase in halves(lines, 3)]
+    return torch.cat(phases).to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What both ways are made of.
+
+    Args:
+        operations: between the convolutions, see `fused/reference_pixels.py`.
+        choices: how.
+    """
+
+    operations: Any = reference
+    choices: Choices = USUAL
+
+    def convolve(self, x: torch.Tensor, weight: torch.Tensor, stride: int = 1, padding: int = 1) -> torch.Tensor:  # fmt: skip
+        """A convolution without its bias; pixels in, pixels out."""
+        x = x.permute(0, 3, 1, 2)
+        if self.choices.tune:
+            y = torch.cudnn_convolution(x, weight, [padding] * 2, [stride] * 2, [1, 1], 1, True, False, True)  # fmt: skip
+        else:
+            y = F.conv2d(x, weight, None, stride, padding)
+        return y.permute(0, 2, 3, 1).contiguous()
+
+    def enlarge(self, x: torch.Tensor, conv: Conv) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Twice the size, and the convolution that follows; and moments where they cost nothing."""
+        if self.choices.fold:
+            return self.operations.interleave(self.convolve(x, conv.folded))
+        x = F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2.0, mode="nearest")
+        return self.convolve(x.permute(0, 2, 3, 1).contiguous(), conv.weight), None
+
+    def bands(self, size: torch.Size) -> Iterator[Band]:
+        """Lines that are computed at a time."""
+        _, height, width, _ = size
+        lines = max(8, self.choices.band // width) if self.choices.band else height
+        for top in range(0, height, lines):
+            yield top, min(height, top + lines)
+
+    def factors(self, x: Pixels | Upsampled, norm: Norm) -> torch.Tensor:
+        """What a norm makes of all of a picture."""
+        moments = x.moments
+        if moments is None:
+            found = [self.operations.moments(x.rows(*band).contiguous()) for band in self.bands(x.size)]  # fmt: skip
+            moments = found[0] if len(found) == 1 else torch.cat(found, 1)
+        return self.operations.factors(moments, norm.weight, norm.bias, x.shift)
+
+    def convolve_normed(self, x: Pixels | Upsampled, factors: torch.Tensor, conv: Conv, band: Band, last_use: bool = False) -> torch.Tensor:  # fmt: skip
+        """Norm, SiLU and convolution, some lines of the result.
+
+        Args:
+            x: pixels.
+            factors: of the norm.
+            conv: of 3x3.
+            band: first line, and the one after the last.
+            last_use: whether x may be overwritten.
+        """
+        (top, bottom), height = band, x.size[1]
+        first, last = max(0, top - 1), min(height, bottom + 1)  # a line more at each cut
+        part = self.operations.normed(x.rows(first, last).contiguous(), factors, True, last_use and last - first == height)  # fmt: skip
+        found = self.convolve(part, conv.weight)
+        return found if last - first == bottom - top else found[:, top - first : bottom - first].contiguous()  # fmt: skip
+
+    def block(self, x: Pixels | Upsampled, block: Block) -> Pixels:
+        """A residual block; what x lies in may become its result."""
+        bands, size = list(self.bands(x.size)), (*x.size[:3], len(block.conv1.bias))
+        factors = self.factors(x, block.norm1)
+        inner = Pixels(collect(size, bands, lambda band: self.convolve_normed(x, factors, block.conv1, band)), block.conv1.bias)  # fmt: skip
+        factors = self.factors(inner, block.norm2)
+
+        def outer(band: Band) -> torch.Tensor:
+            return self.convolve_normed(inner, factors, block.conv2, band, last_use=True)
+
+        if block.shortcut is None:
+            shift = block.conv2.bias if x.shift is None else block.conv2.bias + x.shift
+            found = [self.operations.add(x.rows(*band), outer(band), shift) for band in bands]
+            moments = found[0] if len(found) == 1 else torch.cat(found, 1)
+            return Pixels(x.data, None, moments)
+        weight, shift = block.shortcut.weight, block.conv2.bias + block.shortcut.bias
+        if x.shift is not None:
+            shift = shift + weight.float() @ x.shift
+
+        def added(band: Band) -> torch.Tensor:
+            found = outer(band)
+            found.flatten(0, 2).addmm_(x.rows(*band).contiguous().flatten(0, 2), weight.T)
+            return found
+
+        return Pixels(collect(size, bands, added), shift)
+
+    def attention(self, x: Pixels, layer: Attention) -> Pixels:
+        """Each pixel sees all of its picture; what x lies in becomes the result."""
+        h = self.operations.normed(x.data, self.factors(x, layer.norm), False)
+        qkv = F.linear(
+            h.flatten(1, 2), layer.qkv.weight, layer.qkv.bias.to(h.dtype)
+        )  # [B, N, 3 * C]
+        attended = torch.stack([self.attend(*one.chunk(3, -1)) for one in qkv])
+        y = F.linear(attended, layer.out.weight).view(x.size)
+        shift = layer.out.bias if x.shift is None else layer.out.bias + x.shift
+        return Pixels(x.data, None, self.operations.add(x.data, y, shift))
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attention of one head, all of them [N, C]."""
+        if self.choices.attention == "sdpa":
+            return F.scaled_dot_product_attention(*(t[None, None] for t in (q, k, v)))[0, 0]
+        wide = self.choices.attention == "rows" and q.is_cuda and q.dtype != torch.float32
+        one = max(1, SCORES // (4 * len(q)))
+        rows = one // 128 * 128 or one  # whole tiles of a matrix
+        scale, out = q.shape[1] ** -0.5, torch.empty_like(q, memory_format=torch.contiguous_format)
+        for part, target in zip(q.split(rows), out.split(rows), strict=True):
+            scores = torch.mm(part, k.T, out_dtype=torch.float32) if wide else part @ k.T
+            torch.mm(self.operations.softmax(scores, scale, q.dtype), v, out=target)
+        return out
+
+    def middle(self, x: Pixels, middle: Middle) -> Pixels:
+        """The blocks of the smallest size."""
+        first, attention, second = middle
+        return self.block(self.attention(self.block(x, first), attention), second)
+
+    def upsample(self, x: Pixels, conv: Conv, lasting: bool) -> Pixels | Upsampled:
+        """Twice the size; in bands it is only computed when it is read, unless it is to last."""
+        small = _settled(x)
+        if self.choices.band is None:
+            data, moments = self.enlarge(small, conv)
+            return Pixels(data, conv.bias, moments)
+        lazy = Upsampled(small, conv, self)
+        if not lasting:
+            return lazy
+        bands = list(self.bands(lazy.size))
+        return Pixels(collect(lazy.size, bands, lambda band: lazy.rows(*band)), conv.bias)
+
+    def downsample(self, x: Pixels, conv: Conv) -> Pixels:
+        """Half the size; a line of zeros below and one at the right."""
+        return Pixels(self.convolve(F.pad(_settled(x), (0, 0, 0, 1, 0, 1)), conv.weight, 2, 0), conv.bias)  # fmt: skip
+
+
+def collect(size: Sequence[int], bands: list[Band], work: Callable[[Band], torch.Tensor]) -> torch.Tensor:  # fmt: skip
+    """What `work` makes of all bands: pixels of a size."""
+    if len(bands) == 1:
+        return work(bands[0])
+    out = None
+    for top, bottom in bands:
+        part = work((top, bottom))
+        out = part.new_empty(size) if out is None else out
+        out[:, top:bottom] = part
+    return out
+
+
+def _settled(x: Pixels) -> torch.Tensor:
+    """The pixels with what was still to be added to them."""
+    return x.data if x.shift is None else (x.data.float() + x.shift).to(x.data.dtype)

@@ -8,51 +8,50 @@ import triton.language as tl
 
 from .matrix import FP8, SMALLEST
 
-ROWS = 16  # tokens that one program handles
+ROWS, HEADS = 16, 4  # tokens and heads that one program handles
 BLOCK = 4096  # numbers that one program widens
 
 
 @triton.jit
-def _head(x, rows, inside, head, length, picture_step, head_step, token_step, D: tl.constexpr):
-    """[ROWS, D] numbers of one head."""
-    picture = rows // length
-    at = picture.to(tl.int64) * picture_step + (rows - picture * length).to(tl.int64) * token_step
-    at += head * head_step
-    columns = tl.arange(0, D)[None, :]
-    return tl.load(x + at[:, None] + columns, inside[:, None], 0.0).to(tl.float32)
+def _tile(
+    x, count, length, num_heads, picture_step, head_step, token_step,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """A program's numbers [ROWS, HEADS * D], where they lie in a dense result, and which of them there are."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = tl.program_id(1) * HEADS * D + tl.arange(0, HEADS * D)[None, :]
+    inside = (row < count) & (column < num_heads * D)
+    picture = row // length
+    at = picture.to(tl.int64) * picture_step + (row - picture * length).to(tl.int64) * token_step
+    at += (column // D).to(tl.int64) * head_step + column % D
+    value = tl.load(x + at, inside, 0.0).to(tl.float32)
+    return value, row.to(tl.int64) * num_heads * D + column, inside
 
 
 @triton.jit
 def _largest(
-    x, partial, count, length, picture_step, head_step, token_step,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    x, partial, count, length, num_heads, picture_step, head_step, token_step,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    most = tl.zeros([ROWS, D], tl.float32)
-    for head in range(HEADS):
-        value = _head(x, rows, rows < count, head, length, picture_step, head_step, token_step, D)
-        most = tl.maximum(most, tl.abs(value))
-    tl.store(partial + tl.program_id(0), tl.max(tl.max(most, 1), 0))
+    value, _, _ = _tile(x, count, length, num_heads, picture_step, head_step, token_step, ROWS, HEADS, D)  # fmt: skip
+    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(partial + program, tl.max(tl.max(tl.abs(value), 1), 0))
 
 
 @triton.jit
 def _convert(
-    x, out, partial, scale, count, length, picture_step, head_step, token_step, smallest,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
+    x, out, partial, scale, parts, count, length, num_heads, picture_step, head_step, token_step, smallest,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     # every program finds the tensor's largest number in what `_largest` left: no atomics, the same each time
     part = tl.arange(0, PARTS)
-    most = tl.max(tl.load(partial + part, part < tl.num_programs(0), 0.0), 0)
+    most = tl.max(tl.load(partial + part, part < parts, 0.0), 0)
     step = tl.maximum(most, smallest) / 448.0
-    if tl.program_id(0) == 0:
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(scale, step)
         tl.store(scale + 1, 1.0 / step)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    to = rows.to(tl.int64)[:, None] * HEADS * D + tl.arange(0, D)[None, :]
-    for head in range(HEADS):
-        value = _head(x, rows, rows < count, head, length, picture_step, head_step, token_step, D)
-        value = (value / step).to(out.dtype.element_ty)
-        tl.store(out + to + head * D, value, (rows < count)[:, None])
+    value, to, inside = _tile(x, count, length, num_heads, picture_step, head_step, token_step, ROWS, HEADS, D)  # fmt: skip
+    tl.store(out + to, (value / step).to(out.dtype.element_ty), inside)
 
 
 def to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,16 +66,16 @@ def to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     batch, num_heads, length, head_dim = x.shape
     count = batch * length
-    programs = triton.cdiv(count, ROWS)
-    partial = x.new_empty(programs, dtype=torch.float32)
+    grid = triton.cdiv(count, ROWS), triton.cdiv(num_heads, HEADS)
+    parts = grid[0] * grid[1]
+    partial = x.new_empty(parts, dtype=torch.float32)
     scale = x.new_empty(2, dtype=torch.float32)
     out = x.new_empty(batch, length, num_heads, head_dim, dtype=FP8)
-    sizes = count, length, *x.stride()[:3]
-    _largest[(programs,)](x, partial, *sizes, HEADS=num_heads, ROWS=ROWS, D=head_dim)
-    _convert[(programs,)](
-        x, out, partial, scale, *sizes, SMALLEST,
-        HEADS=num_heads, ROWS=ROWS, D=head_dim, PARTS=triton.next_power_of_2(programs),
-    )  # fmt: skip
+    sizes = count, length, num_heads, *x.stride()[:3]
+    tile = {"ROWS": ROWS, "HEADS": HEADS, "D": head_dim, "num_warps": 8}
+    _largest[grid](x, partial, *sizes, **tile)
+    most = triton.next_power_of_2(parts)
+    _convert[grid](x, out, partial, scale, parts, *sizes, SMALLEST, PARTS=most, **tile)
     return out.transpose(1, 2), scale
 
 

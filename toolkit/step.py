@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 
 from .fused import reference
-from .fused.matrix import Activations, Joined, Matrix, Plain
+from .fused.matrix import Activations, Joined, Matrix, Plain, Quantised, Scaled
 from .fused.rows import Rows
 
 THETA = 2000.0  # of the rotary embedding
 AXES = (32, 32, 32, 32)  # numbers of a head that each of the four coordinates turns
 TIME_WIDTH = 256
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Attend = Callable[[Any, Any, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ def denoise(
     rotary: tuple[torch.Tensor, torch.Tensor],
     attend: Attend,
     ops: Any = reference,
+    attend_fp8: bool = False,
 ) -> torch.Tensor:
     """Predict the velocity.
 
@@ -119,12 +120,13 @@ def denoise(
         rotary: cos and sin, see `rotary_table`.
         attend: q, k, v [B, num_heads, seq_len, head_dim] to the same shape.
         ops: the operations between the matrices, see `fused/reference.py`.
+        attend_fp8: whether `attend` takes and gives `Scaled`.
 
     Returns:
         [B, img_len, 128].
     """
     rows = Rows(len(latents), prompt_embeds.shape[1], latents.shape[1])
-    step = _Step(weights, rows, rotary, attend, ops)
+    step = _Step(weights, rows, rotary, attend, attend_fp8, ops)
     x = latents.new_empty(rows.count, weights.img_in.features)
     _both(x, rows, (weights.txt_in, weights.img_in), (prompt_embeds.flatten(0, 1), latents.flatten(0, 1)))  # fmt: skip
     vec = F.silu(_embed_time(weights, timestep, x.dtype))  # [B, C]
@@ -155,6 +157,7 @@ class _Step:
     rows: Rows
     rotary: tuple[torch.Tensor, torch.Tensor]
     attend: Attend
+    attend_fp8: bool
     ops: Any
 
     def double(
@@ -172,8 +175,8 @@ class _Step:
         qkv = x.new_empty(self.rows.count, img.qkv.features)
         _both(qkv, self.rows, (txt.qkv, img.qkv), self._parts(h))
         norms = torch.stack((txt.q_norm, img.q_norm)), torch.stack((txt.k_norm, img.k_norm))
-        attention = self.rows.to_rows(self._attend(qkv, norms))
-        if img.proj.quantises:
+        attention = self._rows(self._attend(qkv, norms, x.dtype, img.proj.quantises))
+        if img.proj.quantises and not isinstance(attention, Quantised):
             attention = self.ops.quantise(attention)
         y = torch.empty_like(x)
         _both(y, self.rows, (txt.proj, img.proj), self._parts(attention))
@@ -189,13 +192,28 @@ class _Step:
         z = block.linear_in(h)
         width = 3 * block.linear_out.features
         norms = (weight.expand(2, -1) for weight in (block.q_norm, block.k_norm))
-        attention = self._attend(z[:, :width], norms)
-        return block.linear_out(self.ops.swiglu(z[:, width:], self.rows, attention, block.linear_out.quantises))  # fmt: skip
+        fp8 = block.linear_out.quantises
+        attention = self._attend(z[:, :width], norms, z.dtype, fp8)
+        return block.linear_out(self.ops.swiglu(z[:, width:], self.rows, attention, fp8))
 
-    def _attend(self, qkv: torch.Tensor, norms: Iterable[torch.Tensor]) -> torch.Tensor:
-        """[count, 3 * C] to [B, seq_len, C]."""
-        q, k, v = self.ops.norm_rotate(qkv, *norms, *self.rotary, self.rows, self.weights.qk_eps)
-        return self.attend(q, k, v).transpose(1, 2).flatten(2)
+    def _attend(
+        self, qkv: torch.Tensor, norms: Iterable[torch.Tensor], dtype: torch.dtype, fp8: bool
+    ) -> torch.Tensor | Scaled:
+        """[count, 3 * C] to [B, seq_len, C], in fp8 if attention gives that and it is welcome."""
+        q, k, v = self.ops.norm_rotate(
+            qkv, *norms, *self.rotary, self.rows, self.weights.qk_eps, self.attend_fp8
+        )
+        found = self.attend(q, k, v)
+        if not self.attend_fp8:
+            return found.transpose(1, 2).flatten(2)
+        flat = Scaled(found.data.transpose(1, 2).flatten(2), found.scale)
+        return flat if fp8 else self.ops.widen(flat, dtype)
+
+    def _rows(self, attention: torch.Tensor | Scaled) -> Activations:
+        """[B, seq_len, C] to [count, C]."""
+        if isinstance(attention, Scaled):
+            return attention.by_rows(self.rows.to_rows(attention.data))
+        return self.rows.to_rows(attention)
 
     def _parts(self, x: Activations) -> tuple[Activations, Activations]:
         return x[: self.rows.txt], x[self.rows.txt :]

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from ark.toolkit.fused import fast, reference
-from ark.toolkit.fused.matrix import Quantised, quantise
+from ark.toolkit.fused.matrix import Quantised
 from ark.toolkit.fused.rows import Rows
-from ark.toolkit.fused.to_fp8 import to_fp8, widen
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 CASES = [
@@ -74,6 +73,15 @@ def test_norm_rotate(random, case, dtype, apart):
     found, expected = fast.norm_rotate(*arguments), reference.norm_rotate(*arguments)
     for mine, other in zip(found, expected, strict=True):
         check(mine, other)
+    found, expected = (ops.norm_rotate(*arguments, fp8=True) for ops in (fast, reference))
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.data.transpose(1, 2).is_contiguous()
+        check(in_a_row(mine), in_a_row(other))
+
+
+def in_a_row(x):
+    """A tensor of one scale as one row."""
+    return x.by_rows(x.data.transpose(1, 2).reshape(1, -1))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -86,6 +94,10 @@ def test_swiglu(random, case, dtype, with_attention, fp8):
     attention = random(dtype, rows.batch, rows.seq_len, 128 * case[3]) if with_attention else None
     found, expected = (ops.swiglu(gate_up, rows, attention, fp8) for ops in (fast, reference))
     check(found, expected)
+    if with_attention and fp8:
+        scaled = reference.to_fp8(7 * attention)
+        found, expected = (ops.swiglu(gate_up, rows, scaled, fp8) for ops in (fast, reference))
+        check(found, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -132,17 +144,14 @@ def test_to_fp8(random, case, dtype, layout):
     elif layout == "part":  # of a row that holds more
         x = random(dtype, batch, length, 3 * heads * 128)[..., heads * 128 : 2 * heads * 128]
         x = x.unflatten(2, (heads, 128)).transpose(1, 2)
-    data, scale = to_fp8(x)
-    rows = quantise(x.transpose(1, 2).reshape(1, -1))
-    assert data.shape == x.shape and data.transpose(1, 2).is_contiguous()
-    found = Quantised(data.transpose(1, 2).reshape(1, -1), scale[None, :1])
-    check(found, rows)
+    found, expected = fast.to_fp8(x), reference.to_fp8(x)
+    assert found.data.shape == x.shape and found.data.transpose(1, 2).is_contiguous()
+    check(in_a_row(found), in_a_row(expected))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_widen(random, dtype):
-    data, scale = to_fp8(random(torch.float32, 2, 3, 70, 64))
-    found = widen(data, scale, dtype)
-    assert found.dtype == dtype and found.stride() == data.stride()
-    torch.testing.assert_close(found, (data.float() * scale[0]).to(dtype))
-    assert scale[0] * scale[1] == pytest.approx(1)
+    x = fast.to_fp8(random(torch.float32, 2, 3, 70, 64))
+    found = fast.widen(x, dtype)
+    assert found.stride() == x.data.stride() and x.scale[0] * x.scale[1] == pytest.approx(1)
+    check(found, reference.widen(x, dtype))

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ark.toolkit.fused.matrix import FP8, Fp8, Plain, quantise, to_fp8
 from ark.toolkit.fused.runner import Runner, Unknown
+from ark.toolkit.step import SingleBlock, Stream, Weights, denoise, rotary_table
 
 KERNELS = "fused_kernels.py", "pixel_kernels.py"
 
@@ -52,3 +54,47 @@ def test_what_is_made_of_weights_stays_where_it_is_while_they_are_the_same():
         runner.matrix_of_file(like, data.to(torch.int8), scale)
     with pytest.raises(Unknown, match="weights are on cpu"):
         runner.matrix_of_file(torch.empty(0, device="meta"), data, scale)
+
+
+def small_klein(precision):
+    """Weights of two heads, one block of each kind, in fp32 or with fp8 matrices."""
+    torch.manual_seed(0)
+    width, mlp = 256, 768
+
+    def plain(out, into):
+        return Plain(torch.randn(out, into) / into**0.5)
+
+    def matrix(out, into):
+        found = plain(out, into)
+        return Fp8.of(found.weight, quantise) if precision == "fp8" else found
+
+    def norms():
+        return [1 + 0.2 * torch.randn(128) for _ in "qk"]
+
+    def stream():
+        return Stream(matrix(3 * width, width), matrix(width, width), matrix(2 * mlp, width), matrix(width, mlp), *norms())  # fmt: skip
+
+    single = SingleBlock(matrix(3 * width + 2 * mlp, width), matrix(width, width + mlp), *norms())
+    return Weights(
+        plain(width, 128), plain(width, 96), (plain(width, 256), plain(width, width)),
+        plain(6 * width, width), plain(6 * width, width), plain(3 * width, width),
+        [(stream(), stream())], [single], plain(2 * width, width), plain(128, width), 1e-6,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_attention_in_fp8_stays_near(precision, batch):
+    weights, (txt_len, img_len) = small_klein(precision), (5, 12)
+    inputs = torch.randn(batch, img_len, 128), torch.randn(batch, txt_len, 96), torch.full((batch,), 0.7)  # fmt: skip
+    table, seen = rotary_table(torch.randint(0, 9, (txt_len + img_len, 4))), []
+
+    def attend_fp8(q, k, v):
+        seen.extend((q, k, v))
+        return to_fp8(torch.nn.functional.scaled_dot_product_attention(q.wide(), k.wide(), v.wide()))  # fmt: skip
+
+    expected = denoise(weights, *inputs, table, torch.nn.functional.scaled_dot_product_attention)
+    found = denoise(weights, *inputs, table, attend_fp8, attend_fp8=True)
+    assert len(seen) == 6 and all(x.data.dtype == FP8 for x in seen)
+    error = float((found - expected).norm() / expected.norm())
+    assert 1e-4 < error < 0.06, error

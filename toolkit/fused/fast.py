@@ -7,5 +7,6 @@ from .quantise import quantise
 from .softmax import softmax
 from .swiglu import swiglu
 from .text import add_norm, norm_turn
+from .to_fp8 import to_fp8, widen
 
-__all__ = ["add", "add_norm", "factors", "interleave", "modulate", "moments", "norm_rotate", "norm_turn", "normed", "quantise", "softmax", "swiglu"]  # fmt: skip
+__all__ = ["add", "add_norm", "factors", "interleave", "modulate", "moments", "norm_rotate", "norm_turn", "normed", "quantise", "softmax", "swiglu", "to_fp8", "widen"]  # fmt: skip

@@ -36,6 +36,27 @@ Activations = torch.Tensor | Quantised
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """A tensor in fp8 with one scale: `data * scale[0]` is what it means.
+
+    Attributes:
+        data: float8_e4m3fn.
+        scale: [2] fp32, the scale and one over it.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor
+
+    def wide(self) -> torch.Tensor:
+        """In fp32."""
+        return self.data.float() * self.scale[0]
+
+    def by_rows(self, rows: torch.Tensor) -> Quantised:
+        """Some of the data [count, K] as rows, each with the same scale."""
+        return Quantised(rows, self.scale[:1].expand(len(rows), 1).contiguous())
+
+
+@dataclass(frozen=True)
 class Plain:
     """A matrix as the file has it.
 
@@ -128,3 +149,16 @@ def quantise(x: torch.Tensor) -> Quantised:
     wide = x.float()
     scale = wide.abs().amax(1, keepdim=True).clamp(min=SMALLEST) / FP8_MAX
     return Quantised((wide / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale)
+
+
+def to_fp8(x: torch.Tensor, limit: float | torch.Tensor | None = None) -> Scaled:
+    """A tensor in fp8.
+
+    Args:
+        x: of any shape.
+        limit: what its numbers never exceed; by default its largest one.
+    """
+    most = x.float().abs().amax() if limit is None else torch.as_tensor(limit, device=x.device)
+    scale = most.float().clamp(min=SMALLEST) / FP8_MAX
+    data = (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+    return Scaled(data, torch.stack((scale, 1 / scale)))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .matrix import Activations, quantise
+from .matrix import Activations, Scaled, quantise, to_fp8
 from .reference_pixels import add, factors, interleave, moments, normed, softmax
 from .rows import Rows
 
-__all__ = ["add", "add_norm", "factors", "interleave", "modulate", "moments", "norm_rotate", "norm_turn", "normed", "quantise", "softmax", "swiglu"]  # fmt: skip
+__all__ = ["add", "add_norm", "factors", "interleave", "modulate", "moments", "norm_rotate", "norm_turn", "normed", "quantise", "softmax", "swiglu", "to_fp8", "widen"]  # fmt: skip
 
 EPS = 1e-6  # of the norms without weights
 
@@ -55,7 +55,8 @@ def norm_rotate(
     sin: torch.Tensor,
     rows: Rows,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    fp8: bool = False,
+) -> tuple:
     """Norm and rotate q and k, and lay everything out for attention.
 
     Args:
@@ -66,6 +67,7 @@ def norm_rotate(
         sin: as `cos`.
         rows: what is where.
         eps: of the norms.
+        fp8: whether the results are wanted in fp8; q and k are then scaled by what their norms allow.
 
     Returns:
         q, k, v, each [B, num_heads, seq_len, head_dim], in memory [B, seq_len, num_heads, head_dim].
@@ -83,18 +85,30 @@ def norm_rotate(
         c, s = cos[:, None], sin[:, None]
         return torch.stack((even * c - odd * s, even * s + odd * c), -1).flatten(-2).to(x.dtype)
 
-    return turn(q, q_norm).transpose(1, 2), turn(k, k_norm).transpose(1, 2), v.transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (turn(q, q_norm), turn(k, k_norm), v))
+    if not fp8:
+        return q, k, v
+    most = (head_dim**0.5 * weight.float().abs().amax() for weight in (q_norm, k_norm))
+    return to_fp8(q, next(most)), to_fp8(k, next(most)), to_fp8(v)
+
+
+def widen(x: Scaled, dtype: torch.dtype) -> torch.Tensor:
+    """Out of fp8."""
+    return x.wide().to(dtype)
 
 
 def swiglu(
-    gate_up: torch.Tensor, rows: Rows, attention: torch.Tensor | None = None, fp8: bool = False
+    gate_up: torch.Tensor,
+    rows: Rows,
+    attention: torch.Tensor | Scaled | None = None,
+    fp8: bool = False,
 ) -> Activations:
     """SiLU of one half times the other, behind what attention gave.
 
     Args:
         gate_up: [count, 2 * M], rows may lie apart.
         rows: what is where.
-        attention: [B, seq_len, C], or None.
+        attention: [B, seq_len, C], or None; in fp8 only where the result is.
         fp8: whether the result is wanted in fp8.
 
     Returns:
@@ -103,9 +117,13 @@ def swiglu(
     gate, up = gate_up.float().chunk(2, -1)
     out = F.silu(gate) * up
     if attention is not None:
-        out = torch.cat((rows.to_rows(attention).float(), out), 1)
-    out = out.to(gate_up.dtype)
-    return quantise(out) if fp8 else out
+        wide = attention.wide() if isinstance(attention, Scaled) else attention.float()
+        out = torch.cat((rows.to_rows(wide), out.to(gate_up.dtype).float()), 1)
+    return (
+        quantise(out.to(gate_up.dtype) if attention is None else out)
+        if fp8
+        else out.to(gate_up.dtype)
+    )
 
 
 def add_norm(

@@ -90,12 +90,12 @@ class Runner:
         Raises:
             Unknown: before anything is computed.
         """
-        attend = _attend(kernel, latents.dtype)
+        attend, in_fp8 = _attend(kernel, latents.dtype)
 
         def work(*inputs: torch.Tensor) -> torch.Tensor:
             x, embeds, coordinates, times = inputs
             table = step.rotary_table(coordinates)
-            return step.denoise(weights, x, embeds, times, table, attend, self.operations)
+            return step.denoise(weights, x, embeds, times, table, attend, self.operations, in_fp8)
 
         key = (weights.addresses(), kernel)
         return self.graphs.run(key, work, latents, prompt_embeds, ids, timestep)
@@ -173,12 +173,15 @@ def operations_for(device: torch.device) -> tuple[Any, str]:
         return reference, f"operations in plain torch, which is slower ({error})"
 
 
-def _attend(kernel: str | None, dtype: torch.dtype) -> Callable:
+def _attend(kernel: str | None, dtype: torch.dtype) -> tuple[Callable, bool]:
+    """What computes attention, and whether it does so from fp8 to fp8."""
     if kernel is None:
-        return F.scaled_dot_product_attention
+        return F.scaled_dot_product_attention, False
     if dtype not in KERNELS[kernel].dtypes:
         raise Unknown(f"{kernel} does not take {dtype}")
-    return functools.partial(_by_kernel, kernel)
+    if attend_fp8 := KERNELS[kernel].attend_fp8:
+        return attend_fp8, True
+    return functools.partial(_by_kernel, kernel), False
 
 
 def _by_kernel(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

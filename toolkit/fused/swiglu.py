@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .matrix import FP8, SMALLEST, Activations, Quantised
+from .matrix import FP8, SMALLEST, Activations, Quantised, Scaled
 from .modulate import line_of
 from .rows import Rows
 
@@ -51,9 +51,9 @@ def _largest(value):
 
 @triton.jit
 def _swiglu_fp8(
-    gate_up, attention, out, out_scale, row_step, picture_step, token_step, attention_width, width,
+    gate_up, attention, attention_scale, out, out_scale, row_step, picture_step, token_step, attention_width, width,
     txt_rows, txt_len, img_len, smallest,
-    BEFORE: tl.constexpr, MOST: tl.constexpr, REST: tl.constexpr,
+    SCALED: tl.constexpr, BEFORE: tl.constexpr, MOST: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     # A row stays in registers until its largest number is known: in blocks that hold hardly more than it has.
     row = tl.program_id(0)
@@ -69,14 +69,16 @@ def _swiglu_fp8(
         _, picture, token = line_of(row, txt_rows, txt_len, img_len)
         columns = tl.arange(0, BEFORE)
         at = picture.to(tl.int64) * picture_step + token.to(tl.int64) * token_step + columns
-        before = tl.load(attention + at, columns < attention_width, 0.0)
+        before = tl.load(attention + at, columns < attention_width, 0.0).to(tl.float32)
+        if SCALED:
+            before *= tl.load(attention_scale)
         top = tl.maximum(top, _largest(before))
     step = top / 448.0
     tl.store(out_scale + row, step)
     if BEFORE:
         tl.store(
             out + to + columns,
-            (before.to(tl.float32) / step).to(out.dtype.element_ty),
+            (before / step).to(out.dtype.element_ty),
             columns < attention_width,
         )
     to += attention_width
@@ -90,9 +92,14 @@ def _swiglu_fp8(
 
 
 def swiglu(
-    gate_up: torch.Tensor, rows: Rows, attention: torch.Tensor | None = None, fp8: bool = False
+    gate_up: torch.Tensor,
+    rows: Rows,
+    attention: torch.Tensor | Scaled | None = None,
+    fp8: bool = False,
 ) -> Activations:
     """As `reference.swiglu`; the last dimension of both contiguous."""
+    scaled = attention if isinstance(attention, Scaled) else None
+    attention = scaled.data if scaled else attention
     width, attention_width = gate_up.shape[1] // 2, 0 if attention is None else attention.shape[2]
     out = gate_up.new_empty(rows.count, attention_width + width, dtype=FP8 if fp8 else None)
     steps = (0, 0) if attention is None else attention.stride()[:2]
@@ -107,6 +114,7 @@ def swiglu(
     rest = triton.next_power_of_2(width - most) if width > most else 0
     before = triton.next_power_of_2(attention_width) if attention_width else 0
     _swiglu_fp8[(rows.count,)](
-        gate_up, attention, out, scale, *sizes, SMALLEST, BEFORE=before, MOST=most, REST=rest, num_warps=8
+        gate_up, attention, scaled.scale if scaled else scale, out, scale, *sizes, SMALLEST,
+        SCALED=scaled is not None, BEFORE=before, MOST=most, REST=rest, num_warps=8
     )  # fmt: skip
     return Quantised(out, scale)

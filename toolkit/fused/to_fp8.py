@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .matrix import FP8, SMALLEST
+from .matrix import FP8, SMALLEST, Scaled
 
 ROWS, HEADS = 16, 4  # tokens and heads that one program handles
 BLOCK = 4096  # numbers that one program widens
@@ -54,15 +54,14 @@ def _convert(
     tl.store(out + to, (value / step).to(out.dtype.element_ty), inside)
 
 
-def to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A tensor in fp8 by its largest number; `data * scale` is what it means.
+def to_fp8(x: torch.Tensor) -> Scaled:
+    """As `matrix.to_fp8`.
 
     Args:
         x: [B, num_heads, seq_len, head_dim], the last dimension contiguous; head_dim a power of two.
 
     Returns:
-        float8_e4m3fn of the same shape, laid out as [B, seq_len, num_heads, head_dim], and [2] fp32: the scale, and one
-        over it.
+        Of the same shape, laid out as [B, seq_len, num_heads, head_dim].
     """
     batch, num_heads, length, head_dim = x.shape
     count = batch * length
@@ -76,7 +75,7 @@ def to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     _largest[grid](x, partial, *sizes, **tile)
     most = triton.next_power_of_2(parts)
     _convert[grid](x, out, partial, scale, parts, *sizes, SMALLEST, PARTS=most, **tile)
-    return out.transpose(1, 2), scale
+    return Scaled(out.transpose(1, 2), scale)
 
 
 @triton.jit
@@ -86,17 +85,8 @@ def _widen(x, out, scale, count, BLOCK: tl.constexpr):
     tl.store(out + at, value.to(out.dtype.element_ty), at < count)
 
 
-def widen(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`x * scale` in another dtype.
-
-    Args:
-        x: float8_e4m3fn, dense in whatever order.
-        scale: its first number is taken, fp32.
-        dtype: of the result.
-
-    Returns:
-        Laid out as x.
-    """
-    out = torch.empty_like(x, dtype=dtype)
-    _widen[(triton.cdiv(x.numel(), BLOCK),)](x, out, scale, x.numel(), BLOCK=BLOCK)
+def widen(x: Scaled, dtype: torch.dtype) -> torch.Tensor:
+    """As `reference.widen`; x is dense in whatever order, and so is the result."""
+    count, out = x.data.numel(), torch.empty_like(x.data, dtype=dtype)
+    _widen[(triton.cdiv(count, BLOCK),)](x.data, out, x.scale, count, BLOCK=BLOCK)
     return out

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..fused.matrix import Scaled
 from .kernel import HALF, AttentionKernel, needs
 
 PLANS = 16  # shapes that are kept
@@ -65,36 +66,40 @@ class _Plan:
         graph.build_plans()
         self.probabilities = torch.tensor([1 / PROBABILITIES, PROBABILITIES], device=q.device)
 
-    def __call__(self, data: list[torch.Tensor], scales: list[torch.Tensor]) -> torch.Tensor:
-        """q, k, v and their scales as of `to_fp8`; the result in fp8 is to be multiplied with v's."""
-        device, out = data[0].device, torch.empty_like(data[0])
-        numbers = [*(scale[:1] for scale in scales), *self.probabilities.split(1), scales[2][1:]]
-        given = dict(zip(self.data.values(), data, strict=True))
+    def __call__(self, *qkv: Scaled) -> Scaled:
+        device, out = qkv[0].data.device, torch.empty_like(qkv[0].data)
+        scale = qkv[2].scale  # of v and of the result
+        numbers = [*(x.scale[:1] for x in qkv), *self.probabilities.split(1), scale[1:]]
+        given = dict(zip(self.data.values(), (x.data for x in qkv), strict=True))
         given |= dict(zip(self.scales.values(), numbers, strict=True))
         given |= {item: torch.empty(1, device=device) for item in self.largest}
         workspace = torch.empty(max(1, self.graph.get_workspace_size()), dtype=torch.uint8, device=device)  # fmt: skip
         stream, handle = torch.cuda.current_stream(device).cuda_stream, _handles[device]
         self.cudnn.set_stream(handle=handle, stream=stream)
         self.graph.execute({**given, self.out: out}, workspace, handle=handle)
-        return out
+        return Scaled(out, scale)
+
+
+def _attend_fp8(q: Scaled, k: Scaled, v: Scaled) -> Scaled:
+    key = tuple((x.data.shape, x.data.stride(), x.data.device) for x in (q, k, v))
+    with _lock, torch.cuda.device(q.data.device):  # a handle's stream is set anew for each call
+        if key not in _plans:
+            _plans[key] = _Plan(q.data, k.data, v.data)
+            while len(_plans) > PLANS:
+                _plans.popitem(last=False)
+        _plans.move_to_end(key)
+        return _plans[key](q, k, v)
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     from ..fused.to_fp8 import to_fp8, widen
 
-    data, scales = map(list, zip(*map(to_fp8, (q, k, v)), strict=True))
-    key = (q.shape, k.shape, q.device)
-    with _lock, torch.cuda.device(q.device):  # a handle's stream is set anew for each call
-        if key not in _plans:
-            _plans[key] = _Plan(*data)
-            while len(_plans) > PLANS:
-                _plans.popitem(last=False)
-        _plans.move_to_end(key)
-        return widen(_plans[key](data, scales), scales[2], q.dtype)
+    return widen(_attend_fp8(*map(to_fp8, (q, k, v))), q.dtype)
 
 
 KERNELS = (
     AttentionKernel(
         "cudnn_fp8", HALF, _attend, needs((9, 0), None, "cudnn", "triton"), lossy=True, head_dims=(64, 128), package="cudnn",
+        attend_fp8=_attend_fp8,
     ),
 )  # fmt: skip

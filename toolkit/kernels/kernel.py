@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ..fused.matrix import Scaled
 from ..hardware import Hardware
 
 HALF = (torch.bfloat16, torch.float16)
 ALL_FLOATS = (torch.float32, *HALF)
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+AttendFp8 = Callable[[Scaled, Scaled, Scaled], Scaled]
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class AttentionKernel:
         lossy: whether it quantises.
         head_dims: that it takes.
         package: that it comes from; None for torch.
+        attend_fp8: as `attend`, of q, k and v that are in fp8, the result, too; None if it has no such way.
     """
 
     name: str
@@ -35,6 +38,7 @@ class AttentionKernel:
     lossy: bool = False
     head_dims: tuple[int, ...] = (64, 128)
     package: str | None = None
+    attend_fp8: AttendFp8 | None = None
 
 
 def needs(

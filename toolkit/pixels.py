@@ -260,9 +260,10 @@ class Network:
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attention of one head, all of them [N, C]."""
-        if self.choices.attention == "sdpa":
+        kind, plain = self.choices.attention, not q.is_cuda or q.dtype == torch.float32
+        if kind == "sdpa" or (kind == "rows" and not plain and not hasattr(torch.ops.aten.mm, "dtype")):  # fmt: skip
             return F.scaled_dot_product_attention(*(t[None, None] for t in (q, k, v)))[0, 0]
-        wide = self.choices.attention == "rows" and q.is_cuda and q.dtype != torch.float32
+        wide = kind == "rows" and not plain
         one = max(1, SCORES // (4 * len(q)))
         rows = one // 128 * 128 or one  # whole tiles of a matrix
         scale, out = q.shape[1] ** -0.5, torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -19,7 +19,7 @@ import comfy.sd
 import torch
 
 from ..toolkit.architecture import LATENT_CHANNELS, SPATIAL_FACTOR
-from ..toolkit.pixels import COLOURS
+from ..toolkit.pixel_layers import COLOURS
 from .deliver import deliver, upload
 from .vae_engine import VaeEngine
 

@@ -21,7 +21,7 @@ from ..toolkit.fused.graph import Graphs
 from ..toolkit.fused.reference_pixels import EPS, GROUPS
 from ..toolkit.fused.runner import Unknown, operations_for
 from ..toolkit.hardware import probe_hardware
-from ..toolkit.pixels import USUAL, Attention, Block, Conv, Matrix, Middle, Norm, fold
+from ..toolkit.pixel_layers import USUAL, Attention, Block, Conv, Matrix, Middle, Norm, fold
 
 DEVICES = ("cuda",)
 DTYPES = (torch.bfloat16,)

@@ -120,7 +120,7 @@ class Network:
         """
         (top, bottom), height = band, x.size[1]
         first, last = max(0, top - 1), min(height, bottom + 1)  # a line more at each cut
-        part = self.operations.normed(x.rows(first, last).contiguous(), factors, True, last_use and last - first == height)  # fmt: skip
+        part = self.operations.normed(x.rows(first, last).contiguous(), factors, True, last_use and bottom - top == height)  # fmt: skip
         found = self.convolve(part, conv.weight)
         return found if last - first == bottom - top else found[:, top - first : bottom - first].contiguous()  # fmt: skip
 

@@ -11,7 +11,7 @@ from ark.toolkit.fused import reference
 from ark.toolkit.pixel_layers import USUAL, Attention, Block, Conv, Matrix, Norm, fold
 
 WIDTHS, Z = (32, 64, 128, 128), 32
-VARIANTS = [{"fold": False}, {"attention": "sdpa"}, {"attention": "rows_half"}, {"band": 500}, {"band": 1100, "fold": False}]  # fmt: skip
+VARIANTS = [{"fold": False}, {"attention": "sdpa"}, {"attention": "rows_half"}, {"band": 240}, {"band": 500}, {"band": 1100, "fold": False}]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import itertools
 import platform
 import statistics
 import time
@@ -195,20 +194,19 @@ def floor(vae, way: str, given) -> dict[str, float]:  # noqa: ANN001
 
 
 def compare_variants(vae, way: str, given, repeat: int) -> None:  # noqa: ANN001
-    """Print what each variant takes on the device, recorded, in turns; and without a recording."""
-    works = {str(choices or "as it is"): on_device(vae, way, given, choices) for choices in VARIANTS[way]}  # fmt: skip
-    works |= {"as it is, not recorded": lambda work=works["as it is"]: work(lasting=False)}
-    times: dict[str, list[float]] = {name: [] for name in works}
-    failed: dict[str, str] = {}
-    for _, (name, work) in itertools.product(range(repeat + 3), works.items()):
-        if name in failed:
-            continue
-        try:
-            times[name].append(timed(work))
-        except RuntimeError as error:
-            failed[name] = str(error)[:90]
-    for name, ms in times.items():
-        print(f"  {way} on the device, {name:38} {failed.get(name) or f'{statistics.median(ms[3:]):8.3f} ms'}")  # fmt: skip
+    """Print what each variant takes on the device, recorded, one after the other; the first again at the end."""
+    for choices in (*VARIANTS[way], {}):
+        work = on_device(vae, way, given, choices)
+        for lasting in (True, False) if not choices else (True,):
+            vae.engine.graphs.clear()
+            name = f"{choices or 'as it is'}{'' if lasting else ', not recorded'}"
+            try:
+                ms = [timed(lambda: work(lasting)) for _ in range(repeat + 3)][3:]  # noqa: B023
+            except RuntimeError as error:
+                print(f"  {way} on the device, {name:38} {str(error)[:90]}")
+            else:
+                print(f"  {way} on the device, {name:38} {statistics.median(ms):8.3f} ms, {min(ms):.3f} to {max(ms):.3f}")  # fmt: skip
+    vae.engine.graphs.clear()
 
 
 def profile(vae, way: str, given, lines: int) -> None:  # noqa: ANN001

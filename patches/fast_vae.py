@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ import comfy.sd
 import torch
 
 from ..toolkit.architecture import LATENT_CHANNELS, SPATIAL_FACTOR
-from ..toolkit.pixels import COLOURS
+from ..toolkit.pixel_layers import COLOURS
 from .deliver import deliver, upload
 from .vae_engine import VaeEngine
 
@@ -41,8 +42,9 @@ class FastVAE(comfy.sd.VAE):
         made = cls.__new__(cls)
         vars(made).update(vars(vae))
         made.engine = engine
-        for way in WAYS:  # on the object
-            setattr(vae.first_stage_model, way, functools.partial(made._by_module, way))
+        model = vae.first_stage_model
+        for way in WAYS:  # on the object, which must not keep the VAE alive
+            setattr(model, way, functools.partial(_by_module, weakref.ref(made), weakref.ref(model), way))  # fmt: skip
         return made
 
     def detach(self) -> None:
@@ -84,8 +86,7 @@ class FastVAE(comfy.sd.VAE):
         engine = self.engine
         if engine is None or min(size) < 1 or not engine.hopeful(way, self.device, self.vae_dtype):
             return None
-        hook = getattr(vars(self.first_stage_model).get(way), "func", None)
-        if getattr(hook, "__func__", None) is not FastVAE._by_module:
+        if getattr(vars(self.first_stage_model).get(way), "func", None) is not _by_module:
             engine.refuse("another node has changed the VAE")
             return None
         needed = engine.needed(way, *size)
@@ -133,18 +134,18 @@ class FastVAE(comfy.sd.VAE):
         wanted = getattr(self, "vae_output_dtype", None)
         return wanted() if wanted else torch.float32
 
-    def _by_module(self, way: str, x: torch.Tensor, **named: Any) -> torch.Tensor:
-        """As the method of the host's module: a tile, with its channels before its pixels."""
-        model, engine = self.first_stage_model, self.engine
-        fits = engine is not None and not named and x.ndim == 4
-        fits = fits and engine.hopeful(way, x.device, x.dtype)
-        record = engine.record(way) if fits else None
-        if record is None:
-            return getattr(type(model), way)(model, x, **named)
-        with _current(x.device):
-            if way == "decode":
-                return engine.decode(record, x, lasting=False).movedim(-1, 1).to(x.dtype)
-            return engine.encode(record, x.movedim(1, -1).contiguous(), lasting=False).to(x.dtype)
+
+def _by_module(vae: weakref.ref, model: weakref.ref, way: str, x: torch.Tensor, **named: Any) -> torch.Tensor:  # fmt: skip
+    """As the method of the host's module: a tile, with its channels before its pixels."""
+    engine = getattr(vae(), "engine", None)
+    fits = engine is not None and not named and x.ndim == 4 and engine.hopeful(way, x.device, x.dtype)  # fmt: skip
+    record = engine.record(way) if fits else None
+    if record is None:
+        return getattr(type(model()), way)(model(), x, **named)
+    with _current(x.device):
+        if way == "decode":
+            return engine.decode(record, x, lasting=False).movedim(-1, 1).to(x.dtype)
+        return engine.encode(record, x.movedim(1, -1).contiguous(), lasting=False).to(x.dtype)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import comfy.ldm.modules.diffusionmodules.model as host
+import comfy.model_management
 import torch
 
 from ..toolkit.architecture import SPATIAL_FACTOR
@@ -20,22 +21,21 @@ from ..toolkit.fused.graph import Graphs
 from ..toolkit.fused.reference_pixels import EPS, GROUPS
 from ..toolkit.fused.runner import Unknown, operations_for
 from ..toolkit.hardware import probe_hardware
-from ..toolkit.pixels import USUAL, Attention, Block, Conv, Matrix, Middle, Norm, fold
+from ..toolkit.pixel_layers import USUAL, Attention, Block, Conv, Matrix, Middle, Norm, fold
 
 DEVICES = ("cuda",)
 DTYPES = (torch.bfloat16,)
 BF16 = (8, 0)  # the first compute capability that calculates in it
 CHANNELS = 8  # what the first and the last convolution have is rounded up to a multiple, which a GPU multiplies fast
-RECORDED = (
-    2 << 30
-)  # bytes of memory that a run may need to be recorded; larger ones keep the card busy as they are
+RECORDED = 3 << 30  # bytes that a run may need to be recorded; larger ones keep a card busy
+SHARE = 16  # of the card's memory that a recording may keep: one in so many
 ROOM = 512 << 20  # bytes beside the pixels: attention's scores, what convolutions work in
 BAND = 1 << 18  # pixels at a time where memory is short
 TENSORS = {
     "decode": (6.0, 3.0),
     "encode": (4.0, 2.5),
 }  # of the largest size, needed at once: at one go, in bands
-MOST = 1 << 31  # numbers of the largest tensor, from where on libraries count differently
+MOST = 15 << 27  # numbers of the largest tensor; from 16 << 27 on libraries count differently
 PARTS = {"decode": host.Decoder, "encode": host.Encoder}
 log = logging.getLogger("ark")
 
@@ -125,13 +125,13 @@ class VaeEngine:
     def decode(self, record: Decoder, latents: torch.Tensor, band: bool = False, lasting: bool = True) -> torch.Tensor:  # fmt: skip
         """See `autoencoder.decode`; in bands if memory is short; recorded if the size is to come again."""
         height, width = (SPATIAL_FACTOR * side for side in latents.shape[2:])
-        lasting &= len(latents) * self.needed("decode", height, width) <= RECORDED
-        return self._run(decode, record, latents, band, lasting)
+        needed = len(latents) * self.needed("decode", height, width)
+        return self._run(decode, record, latents, band, lasting and _recordable(needed, latents))
 
     def encode(self, record: Encoder, pixels: torch.Tensor, band: bool = False, lasting: bool = True) -> torch.Tensor:  # fmt: skip
         """See `autoencoder.encode`; otherwise as `decode`."""
-        lasting &= len(pixels) * self.needed("encode", *pixels.shape[1:3]) <= RECORDED
-        return self._run(encode, record, pixels, band, lasting)
+        needed = len(pixels) * self.needed("encode", *pixels.shape[1:3])
+        return self._run(encode, record, pixels, band, lasting and _recordable(needed, pixels))
 
     def _run(self, function: Callable, record: Any, x: torch.Tensor, band: bool, lasting: bool) -> torch.Tensor:  # fmt: skip
         operations, _ = operations_for(x.device)
@@ -144,6 +144,11 @@ class VaeEngine:
             return work(x)
         key = record.first.weight.data_ptr(), function.__name__, choices
         return self.graphs.run(key, work, x)
+
+
+def _recordable(needed: int, x: torch.Tensor) -> bool:
+    """Whether a recording, which keeps the memory that it needs, leaves enough to others."""
+    return needed <= min(RECORDED, comfy.model_management.get_total_memory(x.device) // SHARE)
 
 
 def _changed(module: torch.nn.Module) -> bool:
@@ -210,8 +215,8 @@ def _checked(model: Any, part: Any, kind: type) -> Any:
     kinds = {weight.dtype for weight in weights}
     if other := sorted(str(dtype).removeprefix("torch.") for dtype in kinds.difference(DTYPES)):
         raise Unknown(f"its weights are {', '.join(other)}")
-    if (0, 0) < probe_hardware(device).compute_capability < BF16:
-        raise Unknown("this GPU does not calculate in bf16")
+    if device.type == "cuda" and probe_hardware(device).compute_capability < BF16:
+        raise Unknown("it wants an NVIDIA GPU that calculates in bf16")
     if device.type == "cuda" and (why := operations_for(device)[1]) != "operations in Triton":
         raise Unknown(why)
     levels = part.up if kind is host.Decoder else part.down

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,19 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from .fused import reference
-from .pixels import (
-    COLOURS,
-    USUAL,
-    Choices,
-    Conv,
-    Level,
-    Matrix,
-    Middle,
-    Network,
-    Norm,
-    Pixels,
-    collect,
-)
+from .pixel_layers import COLOURS, USUAL, Choices, Conv, Level, Matrix, Middle, Norm
+from .pixels import Network, Pixels, collect
 
 PACK = 2  # pixels of the encoder's result along each side of a latent position
 
@@ -138,12 +126,3 @@ def encode(
     z = z.view(batch, height // PACK, PACK, width // PACK, PACK, channels).permute(0, 5, 2, 4, 1, 3)
     z = z.reshape(batch, channels * PACK**2, height // PACK, width // PACK)
     return (z - weights.mean[:, None, None]) / weights.deviation[:, None, None]
-
-
-def nbytes(record: Any) -> int:
-    """Bytes of all tensors of a record, those that it refers to included."""
-    if torch.is_tensor(record):
-        return record.nbytes
-    if dataclasses.is_dataclass(record):
-        return sum(nbytes(getattr(record, field.name)) for field in dataclasses.fields(record))
-    return sum(map(nbytes, record)) if isinstance(record, (list, tuple)) else 0

@@ -14,85 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from .fused import reference
+from .pixel_layers import USUAL, Attention, Block, Choices, Conv, Middle, Norm
 
-COLOURS = 3
 SCORES = 256 << 20  # bytes of attention scores at a time
 Band = tuple[int, int]  # the first line and the one after the last
-
-
-@dataclass(frozen=True)
-class Choices:
-    """How to compute what can be computed in more than one way.
-
-    Attributes:
-        fold: whether upsampling and its convolution are one convolution of the small picture, with 4/9 of the work.
-        attention: "rows" multiplies some rows at a time and keeps their scores in fp32, "rows_half" in the dtype of the
-            weights; "sdpa" is torch's.
-        tune: whether cuDNN tries out its algorithms at each new size.
-        band: pixels of a picture that a convolution sees at a time, None for all; what has to fit into memory shrinks
-            to about a half.
-    """
-
-    fold: bool = True
-    attention: str = "rows"
-    tune: bool = False
-    band: int | None = None
-
-
-USUAL = Choices()
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A group norm: weight and bias [C] fp32."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Conv:
-    """A convolution: weight [out, in, k, k], in memory [out, k, k, in]; bias [out] fp32.
-
-    Attributes:
-        folded: of one that follows upsampling see `fold`.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    folded: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A convolution of single pixels: weight [out, in]; bias [out] fp32."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Block:
-    """A residual block; `shortcut` where its width changes."""
-
-    norm1: Norm
-    conv1: Conv
-    norm2: Norm
-    conv2: Conv
-    shortcut: Matrix | None
-
-
-@dataclass(frozen=True)
-class Attention:
-    """A residual attention block of one head; `qkv` is [3 * C, C]."""
-
-    norm: Norm
-    qkv: Matrix
-    out: Matrix
-
-
-Middle = tuple[Block, Attention, Block]
-Level = tuple[list[Block], Conv | None]  # blocks, and how the size changes after them
 
 
 @dataclass(frozen=True)
@@ -138,28 +63,6 @@ class Upsampled:
         first, last = max(0, top // 2 - 1), min(self.small.shape[1], (bottom + 1) // 2 + 1)
         found, _ = self.network.enlarge(self.small[:, first:last], self.conv)
         return found[:, top - 2 * first : bottom - 2 * first]
-
-
-def fold(weight: torch.Tensor) -> torch.Tensor:
-    """The weight of a convolution that follows upsampling, for the small picture.
-
-    Doubled pixels are read with the same numbers, so that of three lines two are one: an even line of the result sees the
-    line before and its own, an odd one its own and the next.
-
-    Args:
-        weight: [out, in, 3, 3].
-
-    Returns:
-        [4 * out, in, 2, 2], for even and odd lines and in them even and odd columns; see `reference_pixels.interleave`.
-    """
-    wide = weight.float()
-
-    def halves(w: torch.Tensor, dim: int) -> list[torch.Tensor]:
-        a, b, c = w.unbind(dim)
-        return [torch.stack((a, b + c), dim), torch.stack((a + b, c), dim)]
-
-    phases = [phase for lines in halves(wide, 2) for phase in halves(lines, 3)]
-    return torch.cat(phases).to(weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -217,7 +120,7 @@ class Network:
         """
         (top, bottom), height = band, x.size[1]
         first, last = max(0, top - 1), min(height, bottom + 1)  # a line more at each cut
-        part = self.operations.normed(x.rows(first, last).contiguous(), factors, True, last_use and last - first == height)  # fmt: skip
+        part = self.operations.normed(x.rows(first, last).contiguous(), factors, True, last_use and bottom - top == height)  # fmt: skip
         found = self.convolve(part, conv.weight)
         return found if last - first == bottom - top else found[:, top - first : bottom - first].contiguous()  # fmt: skip
 
@@ -260,9 +163,10 @@ class Network:
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attention of one head, all of them [N, C]."""
-        if self.choices.attention == "sdpa":
+        kind, plain = self.choices.attention, not q.is_cuda or q.dtype == torch.float32
+        if kind == "sdpa" or (kind == "rows" and not plain and not hasattr(torch.ops.aten.mm, "dtype")):  # fmt: skip
             return F.scaled_dot_product_attention(*(t[None, None] for t in (q, k, v)))[0, 0]
-        wide = self.choices.attention == "rows" and q.is_cuda and q.dtype != torch.float32
+        wide = kind == "rows" and not plain
         one = max(1, SCORES // (4 * len(q)))
         rows = one // 128 * 128 or one  # whole tiles of a matrix
         scale, out = q.shape[1] ** -0.5, torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -18,10 +18,9 @@ import torch  # noqa: E402
 import nodes as stock  # noqa: E402
 
 sys.path.append(str(pack_parent))
-from safetensors.torch import save_file  # noqa: E402
 from tiny_klein import difference  # noqa: E402
+from tiny_vae import write_random  # noqa: E402
 
-from ark.benchmarks.models import vae_shapes  # noqa: E402
 from ark.patches import vae_engine  # noqa: E402
 from ark.patches.fast_vae import FastVAE  # noqa: E402
 from ark.patches.references import add_references  # noqa: E402
@@ -30,20 +29,6 @@ from ark.toolkit.embedded import ASSETS  # noqa: E402
 
 EMBEDDED = ASSETS / "vae" / "ark_tiny_flux2_vae.safetensors"
 found = {"errors": {}}
-
-
-def write_random(path):
-    """FLUX.2's own widths, an eighth of them, and no number that is usual."""
-    torch.manual_seed(0)
-    tensors = {}
-    for name, shape in vae_shapes(32).items():
-        spread = 1.5 * torch.tensor(shape[1:]).prod().item() ** -0.5 if len(shape) > 1 else 0.3
-        centre = 1.0 if "norm" in name and name.endswith("weight") or name.endswith("var") else 0.0
-        tensors[name] = centre + spread * torch.randn(shape)
-        if name.endswith("var"):
-            tensors[name].abs_().add_(0.1)
-    save_file(tensors, path)
-    return path
 
 
 def engine_on(vae, on):
@@ -72,7 +57,7 @@ def compare(name, vae, work):
 
 with torch.inference_mode():
     vae, _ = load_vae(EMBEDDED)
-    latents = torch.randn(1, 128, 6, 5)
+    latents = torch.randn(1, 128, 3, 5)
     result = vae.decode(latents)
     found["host_ran"] = torch.equal(result, comfy.sd.VAE.decode(vae, latents))
     found["reasons"] = sorted(vae.engine.reasons)
@@ -81,12 +66,12 @@ with torch.inference_mode():
 
     random, _ = load_vae(write_random(out.with_name("vae.safetensors")))
     assert isinstance(random, FastVAE) and isinstance(random, comfy.sd.VAE)
-    for batch, height, width in ((1, 8, 8), (3, 5, 7), (1, 1, 1), (2, 3, 9)):
+    for batch, height, width in ((3, 2, 5), (1, 1, 1)):
         z = torch.randn(batch, 128, height, width)
         picture = compare(f"decode {z.shape}", random, lambda z=z: random.decode(z))
         compare(f"encode {z.shape}", random, lambda p=picture: random.encode(p))
-    z = torch.randn(2, 128, 5, 4)
-    for choice in ({"fold": False}, {"attention": "sdpa"}, {"attention": "rows_half"}, {"band": 256}, {"band": 700, "fold": False}):  # fmt: skip
+    z = torch.randn(2, 128, 3, 4)
+    for choice in ({"band": 200}, {"band": 500, "fold": False, "attention": "sdpa"}):
         random.engine.choices = dataclasses.replace(vae_engine.USUAL, **choice)
         picture = compare(f"decode {choice}", random, lambda: random.decode(z))
         compare(f"encode {choice}", random, lambda p=picture: random.encode(p))
@@ -96,9 +81,9 @@ with torch.inference_mode():
     compare("after an unload", random, lambda: random.decode(z))
 
     # the stock nodes: an odd size, four channels, tiles, a mask
-    odd = torch.rand(1, 75, 101, 3)
-    mask = torch.zeros(1, 75, 101)
-    mask[:, 20:50, 30:60] = 1
+    odd = torch.rand(1, 41, 70, 3)
+    mask = torch.zeros(1, 41, 70)
+    mask[:, 10:30, 20:50] = 1
     latent = compare("VAEEncode", random, lambda: stock.VAEEncode().encode(random, odd)[0]["samples"])  # fmt: skip
     compare("VAEEncodeTiled", random, lambda: stock.VAEEncodeTiled().encode(random, odd, 64, 16)[0]["samples"])  # fmt: skip
     compare("VAEEncodeForInpaint", random, lambda: stock.VAEEncodeForInpaint().encode(random, odd, mask)[0]["samples"])  # fmt: skip
@@ -116,7 +101,7 @@ with torch.inference_mode():
             return usual(record, x, band, lasting)
 
         random.engine.decode = short
-        vae_engine.BAND = 300
+        vae_engine.BAND = 200
         engine_on(random, True)
         found["errors"][name] = difference(random.decode(z), whole)
 

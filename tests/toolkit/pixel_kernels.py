@@ -8,7 +8,7 @@ import torch
 from ark.toolkit.fused import fast, reference
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-SIZES = [(1, 5, 7, 32), (2, 3, 4, 64), (1, 1, 1, 128), (2, 6, 5, 96), (1, 37, 30, 64)]
+SIZES = [(2, 3, 4, 32), (1, 1, 1, 128), (2, 6, 5, 96), (1, 37, 30, 64)]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 DTYPES = [torch.float32, torch.float16]
 if DEVICE == "cuda":  # the interpreter gets bf16 wrong

@@ -6,13 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ark.toolkit import autoencoder
 from ark.toolkit.autoencoder import Decoder, Encoder, decode, encode
 from ark.toolkit.fused import reference
-from ark.toolkit.pixels import USUAL, Attention, Block, Conv, Matrix, Norm, fold
+from ark.toolkit.pixel_layers import USUAL, Attention, Block, Conv, Matrix, Norm, fold
 
 WIDTHS, Z = (32, 64, 128, 128), 32
-VARIANTS = [{"fold": False}, {"attention": "sdpa"}, {"attention": "rows_half"}, {"band": 500}, {"band": 1100, "fold": False}]  # fmt: skip
+VARIANTS = [{"fold": False}, {"attention": "sdpa"}, {"attention": "rows_half"}, {"band": 240}, {"band": 500}, {"band": 1100, "fold": False}]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +99,6 @@ def test_a_picture_is_the_same_alone(records):
     together = decode(records[0], latents)
     assert error(decode(records[0], latents[1:2]), together[1:2]) < 1e-5
     assert error(encode(records[1], together[1:2]), encode(records[1], together)[1:2]) < 1e-5
-
-
-def test_bytes_of_a_record(records):
-    half = moved(records[0], "cpu", torch.bfloat16)
-    assert 1.9 < autoencoder.nbytes(records[0]) / autoencoder.nbytes(half) < 2
 
 
 @pytest.mark.gpu

@@ -88,7 +88,7 @@ def add(x: torch.Tensor, y: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 
 
 def interleave(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lay out what the folded upsampling convolution gave, see `autoencoder.fold`.
+    """Lay out what the folded upsampling convolution gave, see `pixel_layers.fold`.
 
     Args:
         x: [B, H + 1, W + 1, 4 * C]; the four stand for the even and odd rows, and in them the even and odd columns.

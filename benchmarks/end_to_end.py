@@ -24,7 +24,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from ark import bootstrap
 from ark.benchmarks import first_image
@@ -40,6 +39,7 @@ from ark.benchmarks.record import bar_chart, row, write_record
 
 ARK = ("bf16", "fp8")  # a server for each: in one, the weights would leave for each other in turns
 SERVERS = {**dict.fromkeys(ARK, ()), "comfyui_static": STATIC, "comfyui_dynamic": ()}
+FLAGS = ["--preview-method", "none"]  # the host's own default; a preview makes every step wait
 WARM = 4  # rounds that load, time kernels and record
 Graph = dict[str, dict]
 
@@ -73,10 +73,14 @@ class Server:
             source = {"images": ["decode", 0], "filename_prefix": "ark"}
         return found | {"show": node(end, **source)}
 
-    def edit(self, picture: str) -> Graph:
-        """Encode a reference."""
+    def edit(self, colour: int) -> Graph:
+        """Encode a reference of one colour; what is in a picture does not change what it takes."""
         found = self.graph("make it night", 0)
-        image = {"picture": node("LoadImage", image=picture)}
+        image = {
+            "picture": node(
+                "EmptyImage", width=self.size, height=self.size, batch_size=1, color=colour
+            )
+        }
         if self.name in ARK:
             encode = {"encode": node("ArkReferenceImages", conditioning=["text", 0], vae=["ark", 2], image1=["picture", 0])}  # fmt: skip
             return {name: found[name] for name in ("ark", "text")} | image | encode | {"show": node("PreviewAny", source=["encode", 1])}  # fmt: skip
@@ -128,7 +132,7 @@ def main() -> None:
         for name, flags in SERVERS.items():
             if args.tiny and name not in ARK:
                 continue
-            host = stack.enter_context(bootstrap.Host.start(args.comfyui, extra_args=flags, model_folders=folders))  # fmt: skip
+            host = stack.enter_context(bootstrap.Host.start(args.comfyui, extra_args=[*FLAGS, *flags], model_folders=folders))  # fmt: skip
             servers[name] = Server(name, host, args)
         rows = measure(servers, args.repeat) + edits(servers, args.repeat)
         rows += [saving(servers["bf16"]), sustained(servers["fp8"], args.sustained)]
@@ -181,14 +185,11 @@ def measure(servers: dict[str, Server], repeat: int) -> list[dict]:
 
 
 def edits(servers: dict[str, Server], repeat: int) -> list[dict]:
-    """The node that encodes a reference, each time another picture."""
+    """The node that encodes a reference, each time another one."""
     found: dict[str, list] = {name: [] for name in servers}
     for turn in range(-2, repeat):
         for name, server in list(servers.items())[:: 1 if turn % 2 == 0 else -1]:
-            pixels = torch.randint(0, 256, (server.size // 64, server.size // 64, 3), dtype=torch.uint8)  # fmt: skip
-            picture = Image.fromarray(pixels.numpy()).resize((server.size, server.size))
-            picture.save(server.host.base / "input" / f"reference{turn}.png", compress_level=1)
-            run = server.run(server.edit(f"reference{turn}.png"))
+            run = server.run(server.edit(1000 + turn))
             if turn >= 0:
                 found[name].append(run)
     peers = {name: median(runs, "encode") for name, runs in found.items() if name not in ARK}

@@ -1,9 +1,9 @@
 """Equal pictures under the host's memory settings: `python benchmarks/modes.py --comfyui DIR [--folder DIR]`.
 
 Real ComfyUI servers with `--lowvram`, `--highvram` and `--reserve-vram` (all but 6 GB), each once with ArkFastLoader and
-once with the host's own loaders, the rest of the graph the same: two prompts, 1024x1024, 4 steps. The text encoder
-calculates in fp32 on both sides (`--fp32-text-enc`), as Ark's own would differ by the error of bf16; the last case shows by
-how much. A row says how far the pictures are apart at most, of 255. Random weights of the true shapes; needs a GPU, a
+once with the host's own loaders, the rest of the graph the same: two prompts, 1024x1024, 4 steps. Text encoder and
+VAE calculate in fp32 (`--fp32-text-enc --fp32-vae`), which leaves them to the host on both sides: Ark's own engines differ by
+the error of bf16; the cases without these flags show by how much. A row says how far the pictures are apart at most, of 255. Random weights of the true shapes; needs a GPU, a
 ComfyUI of 0.33 or later and 17 GB of disk. `--tiny` runs it with the embedded model, on a CPU too, to test the benchmark itself (then
 nothing is recorded).
 """
@@ -32,7 +32,7 @@ from ark.benchmarks.models import (
 from ark.benchmarks.record import row, write_record
 
 LEFT = 6.0  # GB
-FP32 = ["--fp32-text-enc"]
+FP32 = ["--fp32-text-enc", "--fp32-vae"]
 
 
 def cases(tiny: bool) -> dict[str, list[str]]:
@@ -44,9 +44,10 @@ def cases(tiny: bool) -> dict[str, list[str]]:
     return {
         "lowvram_static": ["--lowvram", *STATIC, *FP32],
         "highvram": ["--highvram", *FP32],
-        "highvram_bf16_text": ["--highvram"],
+        "highvram_bf16": ["--highvram"],
         "reserve_static": [*reserve, *STATIC, *FP32],
         "reserve_dynamic": [*reserve, *FP32],
+        "reserve_dynamic_bf16": reserve,
     }
 
 

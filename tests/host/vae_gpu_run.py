@@ -33,7 +33,8 @@ def by_host(vae, way, given):
         vae.engine = engine
 
 
-with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+torch.backends.cudnn.allow_tf32 = False
+with torch.inference_mode():
     vae, _ = load_vae(write_random(out.with_name("vae.safetensors")))
     settle()
     found["dtype"], engine = str(vae.vae_dtype), vae.engine

@@ -389,21 +389,26 @@ class FlowTrainer:
                 kept += 1
                 keep()
 
-    @torch.no_grad()
-    def sample(self, ids, lengths, reference: torch.Tensor | None = None) -> torch.Tensor:
-        """Render pictures [B, 3, 256, 256] of texts with four Euler steps from the current weights."""
-        count = len(ids)
-        image_ids, text_ids = position_ids(16, 16, MAX_TOKENS, self.device, reference is not None)
-        features = text_features(self.text_encoder, ids, lengths)
-        reference = None if reference is None else to_tokens(reference.float())
-        latents = torch.randn(count, 256, 128, device=self.device)
-        sigmas = (*KLEIN_SIGMAS, 0.0)
+    def denoise(
+        self, noise: torch.Tensor, features: torch.Tensor, reference: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Latents [B, 128, 16, 16] from noise in four Euler steps, with or without a reference of that shape."""
+        count, tokens = features.shape[:2]
+        image_ids, text_ids = position_ids(16, 16, tokens, self.device, reference is not None)
+        reference = None if reference is None else to_tokens(reference)
+        latents, sigmas = to_tokens(noise), (*KLEIN_SIGMAS, 0.0)
         for now, following in zip(sigmas, sigmas[1:], strict=False):
             sigma = torch.full((count,), now, device=self.device)
             velocity = self.velocity(latents, features, sigma, image_ids, text_ids, reference)
             latents = latents + (following - now) * velocity
-        packed = latents.transpose(1, 2).reshape(count, 128, 16, 16) * self.std + self.mean
-        return self.vae.decode(F.pixel_shuffle(packed, 2)).sample
+        return latents.transpose(1, 2).reshape(noise.shape)
+
+    @torch.no_grad()
+    def sample(self, ids, lengths, reference: torch.Tensor | None = None) -> torch.Tensor:
+        """Render pictures [B, 3, 256, 256] of texts from the current weights."""
+        noise = torch.randn(len(ids), 128, 16, 16, device=self.device)
+        latents = self.denoise(noise, text_features(self.text_encoder, ids, lengths), reference)
+        return self.vae.decode(F.pixel_shuffle(latents * self.std + self.mean, 2)).sample
 
 
 def main() -> None:

@@ -122,7 +122,7 @@ class EditTrainer(FlowTrainer):
         rows = world.encode_scenes(scenes).to(self.device)
         source, truth = world.render(rows[::2], jitter=0.0), world.render(rows[1::2], jitter=0.0)
         ids, lengths = families.texts(families.watched_texts, MAX_TOKENS, unknown=0.0)
-        found = self.sample(ids, lengths, self.latents(rows[::2], 0.0)).clamp(-1, 1)
+        found = self.sample(ids, lengths, self.latents(rows[::2], 0.0).float()).clamp(-1, 1)
         wrong, left = (found - truth).abs().amax(1), (found - source).abs().amax(1)
         change = (truth - source).abs().amax(1) > 0.2
         asked = ((wrong < left) & change).sum((1, 2)) > 0.9 * change.sum((1, 2))

@@ -36,6 +36,7 @@ TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</
 PAD, TAPS, MAX_TOKENS = 151643, (9, 18, 27), 512
 KL_WEIGHT = 3e-4
 REFERENCE_TIME = 10  # the first reference's place on the time axis, as in ComfyUI and diffusers
+CHANGED = 0.3  # mean difference of a token's latents from the reference's, above which it is meant to change
 REPORT = 500  # steps between two lines
 KLEIN_SIGMAS = (1.0, 0.95539, 0.87713, 0.70411)  # 4 steps at 256x256
 # token ids of <think> and </think>; older Qwen vocabularies name them otherwise, the ids are what counts
@@ -282,9 +283,8 @@ class FlowTrainer:
             state = load_file(folder / f"{module}.safetensors", device=self.device)
             for name, parameter in getattr(self, module).named_parameters():
                 value = state[name]
-                if (
-                    name == "embed_tokens.weight"
-                ):  # new tokens go before the last row, of all others
+                # new tokens go before the last row, which stands for all others
+                if name == "embed_tokens.weight":
                     new = parameter.data[len(value) - 1 : -1].to(value)
                     value = torch.cat([value[:-1], new, value[-1:]])
                 parameter.data.copy_(value)
@@ -304,13 +304,20 @@ class FlowTrainer:
         return found[:, : noisy.shape[1]]
 
     def flow_loss(self, latents, features, sigma, image_ids, text_ids, reference=None):
-        """Flow matching from noise to latents [B, 128, 16, 16], with or without a reference of that shape."""
+        """Flow matching from noise to latents [B, 128, 16, 16], with or without a reference of that shape.
+
+        Where the reference differs, errors count more: what an edit changes is few of the tokens and all of its meaning.
+        """
         noise = to_tokens(torch.randn_like(latents))
         clean = to_tokens(latents)
         noisy = (1 - sigma)[:, None, None] * clean + sigma[:, None, None] * noise
         reference = None if reference is None else to_tokens(reference)
         velocity = self.velocity(noisy, features, sigma, image_ids, text_ids, reference)
-        return (velocity.float() - (noise - clean)).square().mean()
+        error = (velocity.float() - (noise - clean)).square().mean(-1)
+        if reference is not None:
+            weight = 1 + 4 * ((clean - reference).abs().mean(-1) > CHANGED).float()
+            error = error * weight / weight.mean(1, keepdim=True)
+        return error.mean()
 
     def some_sigmas(self, batch: int) -> torch.Tensor:
         """Noise levels [B], six in ten of them Klein's own."""

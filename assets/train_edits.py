@@ -184,7 +184,7 @@ def main() -> None:
         trainer, args.out
     )  # before anything is learnt: what to compare with, and whether saving works
     end = start + 60 * args.minutes - (10 if trainer.on_gpu else 0)  # seconds for the last save
-    trainer.run(0.5 * (end - time.time()), args.batch, 64, 1.2e-3, 3e-4, 0.002)
+    trainer.run(0.6 * (end - time.time()), args.batch, 64, 1.2e-3, 3e-4, 0.002)
     keep(trainer, args.out)
     trainer.run(
         end - time.time(), args.batch // 2, MAX_TOKENS, 5e-4, 5e-6, 0.002, lambda: keep(trainer, args.out)

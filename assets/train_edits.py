@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="a folder with Qwen's tokenizer files")
     parser.add_argument("--start", required=True, type=Path, help="a folder of an earlier run")
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--minutes", type=float, default=7.0)
+    parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--families", type=int, default=12_000)
     parser.add_argument("--watched", type=int, default=96, help="held-out edits at each save")
     parser.add_argument("--batch", type=int, default=192, help="half as many at 512 tokens")

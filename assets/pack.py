@@ -1,22 +1,31 @@
-"""Turn what `train.py` wrote into the files that ship: `python assets/pack.py TRAINED_DIR` (needs the pack as `ark`).
+"""Turn what `train.py` or `train_edits.py` wrote into the files that ship, or back (needs the pack as `ark`).
 
-The same names, layout and dtype as the files published for ComfyUI; every dimension stays in the weights.
+`python assets/pack.py TRAINED_DIR` packs: the same names, layout and dtype as the files published for ComfyUI; every
+dimension stays in the weights. `python assets/pack.py --unpack DIR` writes the files that ship as a training run
+leaves them, to go on from there.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from ark.toolkit.diffusers_keys import transformer_to_diffusers, vae_to_diffusers
 from ark.toolkit.embedded import ASSETS, COMPACT
 from ark.toolkit.keys import transformer_from_diffusers, vae_from_diffusers
 
+TRANSFORMER, VAE = (
+    "diffusion_models/ark_tiny_klein.safetensors",
+    "vae/ark_tiny_flux2_vae.safetensors",
+)
 
-def main(trained: Path) -> None:
+
+def pack(trained: Path, assets: Path = ASSETS) -> None:
+    """From a training run's folder to the three files that ship."""
     transformer = transformer_from_diffusers(load_file(trained / "transformer.safetensors"))
     vae = vae_from_diffusers(load_file(trained / "vae.safetensors"))
     text_encoder = {
@@ -24,18 +33,33 @@ def main(trained: Path) -> None:
     }
     vocabulary = json.loads((trained / "vocabulary.json").read_text())
     text_encoder["token_ids"] = torch.tensor(vocabulary, dtype=torch.int64)
-    for folder in ("diffusion_models", "vae"):
-        (ASSETS / folder).mkdir(exist_ok=True)
-    for target, state_dict in (
-        (ASSETS / "diffusion_models" / "ark_tiny_klein.safetensors", transformer),
-        (ASSETS / "vae" / "ark_tiny_flux2_vae.safetensors", vae),
-        (COMPACT, text_encoder),
-    ):
-        save_file(
-            {k: v.contiguous() for k, v in state_dict.items()}, target, metadata={"format": "pt"}
-        )
-        print(f"{target.name}: {target.stat().st_size / 1e6:.2f} MB, {len(state_dict)} tensors")
+    for name, state_dict in ((TRANSFORMER, transformer), (VAE, vae), (COMPACT.name, text_encoder)):
+        write(state_dict, assets / name)
+
+
+def unpack(trained: Path, assets: Path = ASSETS) -> None:
+    """From the three files that ship to a training run's folder."""
+    text_encoder = load_file(assets / COMPACT.name)
+    vocabulary = text_encoder.pop("token_ids").tolist()
+    text_encoder = {k.removeprefix("model."): v for k, v in text_encoder.items()}
+    write(transformer_to_diffusers(load_file(assets / TRANSFORMER)), trained / "transformer.safetensors")  # fmt: skip
+    write(vae_to_diffusers(load_file(assets / VAE)), trained / "vae.safetensors")
+    write(text_encoder, trained / "text_encoder.safetensors")
+    (trained / "vocabulary.json").write_text(json.dumps(vocabulary))
+
+
+def write(state_dict: dict[str, torch.Tensor], target: Path) -> None:
+    """Save one file and say how large it is."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in state_dict.items()}, target, metadata={"format": "pt"})
+    print(f"{target.name}: {target.stat().st_size / 1e6:.2f} MB, {len(state_dict)} tensors")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="of a training run")
+    parser.add_argument("--unpack", action="store_true", help="write the folder, do not read it")
+    args = parser.parse_args()
+    (unpack if args.unpack else pack)(args.folder)

@@ -1,14 +1,15 @@
-"""The little world of the embedded model: scenes, their captions and their pictures.
+"""The little world of the embedded model: scenes, their captions, their pictures, and edits of them.
 
-A scene is one or two flat shapes on a plain background. Everything is sampled from a seed and drawn with
-signed distance functions, so captions and pictures can be made anywhere, without a data set.
+A scene is one or two flat shapes on a plain background; an edit is one thing changed in it. Everything is sampled from a
+seed and drawn with signed distance functions, so captions and pictures can be made anywhere, without a data set.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -53,6 +54,12 @@ PHRASINGS = (
     "on a {background} background, {objects}",
     "a picture of {objects}, {background} background",
 )
+INSTRUCTIONS = {
+    "recolour": ("make {thing} {value}", "turn {thing} {value}", "change {thing} to {value}"),
+    "move": ("move {thing} {to}", "put {thing} {value}"),
+    "background": ("change the background to {value}", "make the background {value}"),
+}
+APART = 1.25  # things stand at least so many times their radii from each other: a square's corner is at 1.2
 JITTER = (
     0.012  # standard deviation of an object's centre, as a share of the side: what the seed changes
 )
@@ -73,12 +80,26 @@ class Thing:
 class Scene:
     background: str
     things: tuple[Thing, ...]  # one or two
-    where: str  # a key of PLACES (one thing) or RELATIONS (two)
+    where: str  # a key of PLACES (one thing) or RELATIONS (two); "" where an edit left two things in no such relation
 
     @property
     def held_out(self) -> bool:
         """Whether this scene belongs to the 5 % that no training run ever sees, in any phrasing."""
-        return zlib.crc32(repr(self).encode()) % 20 == 0
+        return _one_in_twenty(self)
+
+    def names(self, which: int) -> list[str]:
+        """What a thing may be called so that no other thing of the scene is meant; none if there are twins."""
+        found = []
+        for parts in (
+            ("shape",),
+            ("color", "shape"),
+            ("size", "shape"),
+            ("size", "color", "shape"),
+        ):
+            called = [tuple(getattr(thing, part) for part in parts) for thing in self.things]
+            if called.count(called[which]) == 1:
+                found.append(" ".join(("the", *called[which])))
+        return found
 
     def caption(self, rng: random.Random) -> str:
         first = str(self.things[0])
@@ -107,6 +128,109 @@ def sample_scenes(count: int, seed: int, held_out: bool) -> list[tuple[Scene, st
         scene = sample_scene(rng)
         if scene.held_out == held_out:
             found.append((scene, scene.caption(rng)))
+    return found
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A scene, what is asked, and the scene that it should become."""
+
+    kind: str  # a key of INSTRUCTIONS
+    value: str  # of COLORS, PLACES or BACKGROUNDS
+    which: int  # the thing that it is about; 0 for the background
+    source: Scene
+    result: Scene
+
+    @property
+    def unseen(self) -> bool:
+        """Whether to ask this of such things belongs to the 5 % that no training run ever does, in any scene."""
+        things = self.source.things if self.kind == "background" else self.source.things[self.which :][:1]  # fmt: skip
+        return _one_in_twenty((self.kind, self.value, *map(str, things)))
+
+    @property
+    def held_out(self) -> bool:
+        """Whether both the scene and what is asked of it are new to any training run."""
+        return self.source.held_out and self.unseen
+
+    @property
+    def trained(self) -> bool:
+        """Whether a training run may see it: nothing of it is held out."""
+        return not (self.source.held_out or self.result.held_out or self.unseen)
+
+    def instruction(self, rng: random.Random) -> str:
+        """The edit in words, which say nothing of what is to stay."""
+        to = f"to {self.value.partition(' ')[2]}"  # "at the top": "to the top"
+        thing = rng.choice(self.source.names(self.which)) if self.kind != "background" else ""
+        return rng.choice(INSTRUCTIONS[self.kind]).format(thing=thing, value=self.value, to=to)
+
+    def back(self) -> Edit:
+        """The edit that undoes this one."""
+        thing = self.source.things[self.which]
+        place = next(name for name, center in PLACES.items() if center == thing.center)
+        value = {"recolour": thing.color, "move": place, "background": self.source.background}
+        return Edit(self.kind, value[self.kind], self.which, self.result, self.source)
+
+    def shaken(self, rng: random.Random) -> Edit:
+        """With the centres off their places as in any picture, the same in both scenes but for what is moved."""
+        offsets = [(rng.gauss(0, JITTER), rng.gauss(0, JITTER)) for _ in self.source.things]
+        source = _with_offsets(self.source, offsets)
+        if self.kind == "move":
+            offsets[self.which] = (0.0, 0.0)
+        return replace(self, source=source, result=_with_offsets(self.result, offsets))
+
+
+def _one_in_twenty(what: object) -> bool:
+    return zlib.crc32(repr(what).encode()) % 20 == 0
+
+
+def _with_offsets(scene: Scene, offsets: list[tuple[float, float]]) -> Scene:
+    things = (
+        replace(thing, center=(thing.center[0] + dx, thing.center[1] + dy))
+        for thing, (dx, dy) in zip(scene.things, offsets, strict=True)
+    )
+    return replace(scene, things=tuple(things))
+
+
+def sample_edit(rng: random.Random, scene: Scene, kind: str) -> Edit | None:
+    """Draw something to ask of a scene; None if what was drawn cannot be asked: no room, or words that fit two things."""
+    which = rng.randrange(len(scene.things)) if kind != "background" else 0
+    thing, others = scene.things[which], scene.things[:which] + scene.things[which + 1 :]
+    if kind == "background":
+        value = rng.choice([name for name in BACKGROUNDS if name != scene.background])
+        return Edit(kind, value, which, scene, replace(scene, background=value))
+    if kind == "recolour":
+        value, where = rng.choice([name for name in COLORS if name != thing.color]), scene.where
+        changed = replace(thing, color=value)
+    else:
+        value = rng.choice([name for name, center in PLACES.items() if center != thing.center])
+        changed, where = replace(thing, center=PLACES[value]), "" if others else value
+        for other in others:
+            reach = APART * (SIZES[thing.size] + SIZES[other.size])
+            if math.dist(changed.center, other.center) < reach:
+                return None
+    things = (*scene.things[:which], changed, *scene.things[which + 1 :])
+    edit = Edit(kind, value, which, scene, replace(scene, things=things, where=where))
+    return edit if edit.source.names(which) and edit.result.names(which) else None
+
+
+def sample_edits(count: int, seed: int) -> list[tuple[Edit, str]]:
+    """Draw held-out edits of each kind in turn, each with its instruction, the centres off their places."""
+    rng, found, kinds = random.Random(seed), [], list(INSTRUCTIONS)
+    while len(found) < count:
+        edit = sample_edit(rng, sample_scene(rng), kinds[len(found) % len(kinds)])
+        if edit and edit.held_out:
+            found.append((edit.shaken(rng), edit.instruction(rng)))
+    return found
+
+
+def sample_families(count: int, seed: int) -> list[tuple[Edit, ...]]:
+    """Draw scenes to train with: for each an edit of every kind; those and the ways back hold nothing that is held out."""
+    rng, found = random.Random(seed), []
+    while len(found) < count:
+        scene = sample_scene(rng)
+        edits = tuple(sample_edit(rng, scene, kind) for kind in INSTRUCTIONS)
+        if all(edit and edit.trained and edit.back().trained for edit in edits):
+            found.append(edits)
     return found
 
 

@@ -19,6 +19,8 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import scenes as world
@@ -33,6 +35,9 @@ SEED = 20261124
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 PAD, TAPS, MAX_TOKENS = 151643, (9, 18, 27), 512
 KL_WEIGHT = 3e-4
+REFERENCE_TIME = 10  # the first reference's place on the time axis, as in ComfyUI and diffusers
+CHANGED = 0.3  # mean difference of a token's latents from the reference's, above which it is meant to change
+REPORT = 500  # steps between two lines
 KLEIN_SIGMAS = (1.0, 0.95539, 0.87713, 0.70411)  # 4 steps at 256x256
 # token ids of <think> and </think>; older Qwen vocabularies name them otherwise, the ids are what counts
 THINK = {"<think>": 151667, "</think>": 151668}
@@ -65,6 +70,14 @@ class Captions:
     def __init__(
         self, tokenizer_dir: str, count: int, device: str, vocabulary: list[int] | None = None
     ):
+        pool = world.sample_scenes(count, SEED, held_out=False)
+        self.rows = world.encode_scenes([scene for scene, _ in pool]).to(device)
+        self.tokenize(tokenizer_dir, [caption for _, caption in pool], device, vocabulary)
+
+    def tokenize(
+        self, tokenizer_dir: str, texts: list[str], device: str, vocabulary: list[int] | None
+    ) -> None:
+        """Fill `ids` and `lengths`; tokens that a given vocabulary lacks are appended to it."""
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
         start, middle = TEMPLATE.split("{}")
         head = tokenizer(start)["input_ids"]
@@ -75,37 +88,38 @@ class Captions:
             THINK["</think>"],
         ]
         tail += tokenizer(after)["input_ids"]
-        pool = world.sample_scenes(count, SEED, held_out=False)
-        bodies = tokenizer([caption for _, caption in pool])["input_ids"]
-        if vocabulary is None:
-            vocabulary = sorted({token for ids in (head, tail, [PAD], *bodies) for token in ids})
-        self.vocabulary = vocabulary
-        compact = {token: row for row, token in enumerate(vocabulary)}
-        ids = torch.full((count, 64), compact[PAD], dtype=torch.int16)
-        lengths = torch.empty(count, dtype=torch.int16)
-        for row, body in enumerate(bodies):
-            tokens = torch.tensor(
-                [compact[token] for token in head + body + tail], dtype=torch.int16
-            )
-            ids[row, : len(tokens)], lengths[row] = tokens, len(tokens)
-        self.ids, self.lengths = ids.to(device), lengths.to(device)
-        self.rows = world.encode_scenes([scene for scene, _ in pool]).to(device)
-        self.pad, self.unknown = compact[PAD], len(vocabulary)
+        bodies = tokenizer(texts)["input_ids"]
+        known = vocabulary or []
+        needed = {token for ids in (head, tail, [PAD], *bodies) for token in ids}
+        self.vocabulary = known + sorted(needed - set(known))
+        compact = {token: row for row, token in enumerate(self.vocabulary)}
+        lengths = [len(head) + len(body) + len(tail) for body in bodies]
+        self.pad, self.unknown = compact[PAD], len(self.vocabulary)
         self.head, self.tail = len(head), len(tail)
+        ids = [[compact[t] for t in head + body + tail] for body in bodies]
+        ids = [row + [self.pad] * (64 - len(row)) for row in ids]
+        self.ids = torch.tensor(ids, dtype=torch.int16, device=device)
+        self.lengths = torch.tensor(lengths, dtype=torch.int16, device=device)
 
-    def batch(
-        self, size: int, tokens: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Scene rows [B, 11], token ids [B, tokens], valid lengths [B], indices [B]; now and then a word goes unknown."""
-        pick = torch.randint(len(self.ids), (size,), device=self.ids.device)
+    def texts(
+        self, pick: torch.Tensor, tokens: int, unknown: float = 0.003
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids [B, tokens] and valid lengths [B] of texts by number [B]; a share of the words goes unknown."""
         ids, lengths = (
             F.pad(self.ids[pick].long(), (0, tokens - 64), value=self.pad),
             self.lengths[pick].long(),
         )
         at = torch.arange(tokens, device=ids.device)
         body = (at >= self.head) & (at < (lengths - self.tail)[:, None])
-        drop = body & (torch.rand(ids.shape, device=ids.device) < 0.003)
-        return self.rows[pick], ids.masked_fill(drop, self.unknown), lengths, pick
+        drop = body & (torch.rand(ids.shape, device=ids.device) < unknown)
+        return ids.masked_fill(drop, self.unknown), lengths
+
+    def batch(
+        self, size: int, tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scene rows [B, 11], token ids [B, tokens], valid lengths [B], indices [B]."""
+        pick = torch.randint(len(self.ids), (size,), device=self.ids.device)
+        return self.rows[pick], *self.texts(pick, tokens), pick
 
 
 def pack_latents(latents: torch.Tensor) -> torch.Tensor:
@@ -130,12 +144,19 @@ def text_features(
     return torch.cat(taps, dim=-1)
 
 
+def to_tokens(latents: torch.Tensor) -> torch.Tensor:
+    """[B, 128, H, W] to [B, H * W, 128]."""
+    return latents.flatten(2).transpose(1, 2)
+
+
 def position_ids(
-    height: int, width: int, tokens: int, device: str
+    height: int, width: int, tokens: int, device: str, reference: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Klein's (time, y, x, text) axes: image [H*W, 4], text [L, 4]."""
+    """Klein's (time, y, x, text) axes: image [H*W, 4], text [L, 4]; a reference of the same size follows, at time 10."""
     zero = torch.zeros(1, dtype=torch.long)
     image = torch.cartesian_prod(zero, torch.arange(height), torch.arange(width), zero)
+    if reference:
+        image = torch.cat([image, image + torch.tensor([REFERENCE_TIME, 0, 0, 0])])
     return image.to(device), torch.cartesian_prod(zero, zero, zero, torch.arange(tokens)).to(device)
 
 
@@ -198,6 +219,12 @@ def train_vae(captions: Captions, seconds: float, device: str) -> AutoencoderKLF
     return vae
 
 
+def load_vae(folder: Path, device: str) -> AutoencoderKLFlux2:
+    vae = AutoencoderKLFlux2(**VAE_CONFIG).to(device, memory_format=torch.channels_last)
+    vae.load_state_dict(load_file(folder / "vae.safetensors", device=device), strict=False)
+    return vae.eval()
+
+
 def to_bytes(pictures: torch.Tensor) -> torch.Tensor:
     return ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte()
 
@@ -213,13 +240,15 @@ def half_cosine(share: float) -> float:
 class FlowTrainer:
     """Joint flow-matching training of text encoder and transformer."""
 
-    def __init__(self, captions: Captions, vae: AutoencoderKLFlux2, device: str):
+    def __init__(
+        self, captions: Captions, vae: AutoencoderKLFlux2, device: str, jitter: float = world.JITTER
+    ):
         self.captions, self.vae, self.device = captions, vae.requires_grad_(False), device
+        on_gpu = self.on_gpu = device == "cuda"  # elsewhere: eager, to try the script out
         self.transformer = Flux2Transformer2DModel(**TRANSFORMER_CONFIG).to(device)
         self.text_encoder = Qwen3Model(text_config(captions.unknown + 1)).to(device)
         torch.nn.init.normal_(self.text_encoder.embed_tokens.weight, std=1.0)
         self.parameters = [p for m in (self.transformer, self.text_encoder) for p in m.parameters()]
-        self.names = [f"{k}.{n}" for k, m in (("transformer", self.transformer), ("text_encoder", self.text_encoder)) for n, _ in m.named_parameters()]  # fmt: skip
         self.average = [p.detach().clone() for p in self.parameters]
         matrices = [p for p in self.parameters if p.ndim == 2]
         others = [p for p in self.parameters if p.ndim != 2]
@@ -229,48 +258,85 @@ class FlowTrainer:
         ]
         self.rate = torch.zeros((), device=device)  # on the device, for the CUDA graph
         self.optimizer = torch.optim.AdamW(
-            groups, lr=self.rate, betas=(0.9, 0.98), fused=True, capturable=True
+            groups, lr=self.rate, betas=(0.9, 0.98), fused=True, capturable=on_gpu
         )
         self.anchors, self.places = torch.tensor(KLEIN_SIGMAS, device=device), {}
         self.mean = vae.bn.running_mean.view(1, -1, 1, 1)
         self.std = (vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).sqrt()
-        for block in (*self.text_encoder.layers, *self.transformer.transformer_blocks):
+        double, single = self.transformer.transformer_blocks, self.transformer.single_transformer_blocks  # fmt: skip
+        for block in (*self.text_encoder.layers, *double, *single) if on_gpu else ():
             block.compile(dynamic=False)
-        for block in self.transformer.single_transformer_blocks:
-            block.compile(dynamic=False)
-        rows = captions.rows
-        self.pool = torch.cat([self.latents(rows[i : i + 128]) for i in range(0, len(rows), 128)])
+        parts = captions.rows.split(128)
+        self.pool = torch.cat([self.latents(rows, jitter) for rows in parts])
         print(f"{len(self.pool)} latents encoded", flush=True)
 
     @torch.no_grad()
-    def latents(self, rows: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(self.device, torch.bfloat16):
-            pictures = world.render(rows).to(memory_format=torch.channels_last)
+    def latents(self, rows: torch.Tensor, jitter: float = world.JITTER) -> torch.Tensor:
+        with self.autocast():
+            pictures = world.render(rows, jitter=jitter).to(memory_format=torch.channels_last)
             latents = self.vae.quant_conv(self.vae.encoder(pictures)).float().chunk(2, 1)[0]
         return ((pack_latents(latents) - self.mean) / self.std).bfloat16()
 
-    def loss(self, latents, ids, lengths, sigma, noise, image_ids, text_ids):
-        features = text_features(self.text_encoder, ids, lengths)
-        clean, noise = latents.flatten(2).transpose(1, 2), noise.flatten(2).transpose(1, 2)
-        noisy = (1 - sigma)[:, None, None] * clean + sigma[:, None, None] * noise
-        velocity = self.transformer(
-            hidden_states=noisy, encoder_hidden_states=features, timestep=sigma, img_ids=image_ids, txt_ids=text_ids,
+    def load(self, folder: Path) -> None:
+        """Go on from the weights that an earlier run wrote, with fewer tokens or the same."""
+        for module in ("transformer", "text_encoder"):
+            state = load_file(folder / f"{module}.safetensors", device=self.device)
+            for name, parameter in getattr(self, module).named_parameters():
+                value = state[name]
+                # new tokens go before the last row, which stands for all others
+                if name == "embed_tokens.weight":
+                    new = parameter.data[len(value) - 1 : -1].to(value)
+                    value = torch.cat([value[:-1], new, value[-1:]])
+                parameter.data.copy_(value)
+        for parameter, average in zip(self.parameters, self.average, strict=True):
+            average.copy_(parameter.data)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.on_gpu)
+
+    def velocity(self, noisy, features, sigma, image_ids, text_ids, reference=None):
+        """What Klein says: of the picture's own tokens [B, L, 128], which those of a reference follow."""
+        tokens = noisy if reference is None else torch.cat([noisy, reference], 1)
+        found = self.transformer(
+            hidden_states=tokens, encoder_hidden_states=features, timestep=sigma, img_ids=image_ids, txt_ids=text_ids,
             return_dict=False,
         )[0]  # fmt: skip
-        return (velocity.float() - (noise - clean)).square().mean()
+        return found[:, : noisy.shape[1]]
+
+    def flow_loss(self, latents, features, sigma, image_ids, text_ids, reference=None):
+        """Flow matching from noise to latents [B, 128, 16, 16], with or without a reference of that shape.
+
+        Where the reference differs, errors count more: what an edit changes is few of the tokens and all of its meaning.
+        """
+        noise = to_tokens(torch.randn_like(latents))
+        clean = to_tokens(latents)
+        noisy = (1 - sigma)[:, None, None] * clean + sigma[:, None, None] * noise
+        reference = None if reference is None else to_tokens(reference)
+        velocity = self.velocity(noisy, features, sigma, image_ids, text_ids, reference)
+        error = (velocity.float() - (noise - clean)).square().mean(-1)
+        if reference is not None:
+            weight = 1 + 4 * ((clean - reference).abs().mean(-1) > CHANGED).float()
+            error = error * weight / weight.mean(1, keepdim=True)
+        return error.mean()
+
+    def some_sigmas(self, batch: int) -> torch.Tensor:
+        """Noise levels [B], six in ten of them Klein's own."""
+        anchored = self.anchors[torch.randint(4, (batch,), device=self.device)]
+        sigma = torch.rand(batch, device=self.device)
+        return torch.where(torch.rand(batch, device=self.device) < 0.6, anchored, sigma)
+
+    def loss(self, batch: int, tokens: int) -> torch.Tensor:
+        """Of one batch: pictures from captions."""
+        image_ids, text_ids = self.places[tokens]
+        _, ids, lengths, pick = self.captions.batch(batch, tokens)
+        features = text_features(self.text_encoder, ids, lengths)
+        sigma = self.some_sigmas(batch)
+        return self.flow_loss(self.pool[pick].float(), features, sigma, image_ids, text_ids)
 
     def step(self, batch: int, tokens: int, share: float) -> torch.Tensor:
         """One update of the weights and of their average, without a word from the host, so that it can be a CUDA graph."""
-        image_ids, text_ids = self.places[tokens]
-        _, ids, lengths, pick = self.captions.batch(batch, tokens)
-        latents = self.pool[pick].float()
-        anchored = self.anchors[torch.randint(4, (batch,), device=self.device)]
-        sigma = torch.rand(batch, device=self.device)
-        sigma = torch.where(torch.rand(batch, device=self.device) < 0.6, anchored, sigma)
-        with torch.autocast(self.device, torch.bfloat16):
-            loss = self.loss(
-                latents, ids, lengths, sigma, torch.randn_like(latents), image_ids, text_ids
-            )
+        with self.autocast():
+            loss = self.loss(batch, tokens)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -278,12 +344,12 @@ class FlowTrainer:
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], share)
         return loss.detach()
 
-    def run(
-        self, seconds: float, batch: int, tokens: int, peak: float, floor: float, share: float
-    ) -> None:
-        """Train for a while, the rate falling from `peak` to `floor`; `share` of each step goes into the average."""
-        start, side = time.time(), torch.cuda.Stream()
-        self.places[tokens] = position_ids(16, 16, tokens, self.device)
+    def captured(self, batch: int, tokens: int, share: float) -> tuple[Callable, torch.Tensor]:
+        """A step as a CUDA graph, and where it leaves its loss; without a GPU the step itself."""
+        if not self.on_gpu:
+            loss = torch.zeros(())
+            return lambda: loss.copy_(self.step(batch, tokens, share)), loss
+        side = torch.cuda.Stream()
         self.rate.fill_(1e-5)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compiles, and sets up what a graph may not
@@ -294,41 +360,62 @@ class FlowTrainer:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side):
             loss = self.step(batch, tokens, share)
+        return graph.replay, loss
+
+    def run(
+        self, seconds: float, batch: int, tokens: int, peak: float, floor: float, share: float, keep: Callable | None = None
+    ) -> None:  # fmt: skip
+        """Train for a while, the rate falling from `peak` to `floor`; `share` of each step goes into the average.
+
+        `keep`, which may save something, is called every quarter of the time.
+        """
+        start = time.time()
+        self.places[tokens] = position_ids(16, 16, tokens, self.device)
+        replay, loss = self.captured(batch, tokens, share)
         began, step, total = time.time(), 0, torch.zeros((), device=self.device)
+        every = REPORT if self.on_gpu else 1
+        kept = 1
         print(f"flow/{tokens} captured after {began - start:.0f}s", flush=True)
         while (now := time.time()) - start < seconds:
             progress = (now - began) / (seconds - (began - start))
             self.rate.fill_(
                 min(1.0, (step + 1) / 300) * (floor + (peak - floor) * half_cosine(progress))
             )
-            graph.replay()
+            replay()
             total += loss
             step += 1
-            if step % 20 == 0:
+            if self.on_gpu and step % 20 == 0:
                 torch.cuda.synchronize()
-            if step % 500 == 0:
+            if step % every == 0:
                 print(
-                    f"flow/{tokens} {step} {now - start:.0f}s loss {total.item() / 500:.4f} lr {self.rate.item():.2e}",
+                    f"flow/{tokens} {step} {now - start:.0f}s loss {total.item() / every:.4f} lr {self.rate.item():.2e}",
                     flush=True,
                 )
                 total.zero_()
+            if keep and kept < 4 and progress > kept / 4:
+                kept += 1
+                keep()
+
+    def denoise(
+        self, noise: torch.Tensor, features: torch.Tensor, reference: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Latents [B, 128, 16, 16] from noise in four Euler steps, with or without a reference of that shape."""
+        count, tokens = features.shape[:2]
+        image_ids, text_ids = position_ids(16, 16, tokens, self.device, reference is not None)
+        reference = None if reference is None else to_tokens(reference)
+        latents, sigmas = to_tokens(noise), (*KLEIN_SIGMAS, 0.0)
+        for now, following in zip(sigmas, sigmas[1:], strict=False):
+            sigma = torch.full((count,), now, device=self.device)
+            velocity = self.velocity(latents, features, sigma, image_ids, text_ids, reference)
+            latents = latents + (following - now) * velocity
+        return latents.transpose(1, 2).reshape(noise.shape)
 
     @torch.no_grad()
-    def sample(self, captions: Captions, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Render `count` pictures with four Euler steps from the current weights: pictures, scene rows."""
-        rows, ids, lengths, _ = captions.batch(count, MAX_TOKENS)
-        image_ids, text_ids = position_ids(16, 16, MAX_TOKENS, self.device)
-        features = text_features(self.text_encoder, ids, lengths)
-        latents = torch.randn(count, 256, 128, device=self.device)
-        sigmas = (*KLEIN_SIGMAS, 0.0)
-        for sigma, following in zip(sigmas, sigmas[1:], strict=False):
-            velocity = self.transformer(
-                hidden_states=latents, encoder_hidden_states=features, img_ids=image_ids, txt_ids=text_ids,
-                timestep=torch.full((count,), sigma, device=self.device), return_dict=False,
-            )[0]  # fmt: skip
-            latents = latents + (following - sigma) * velocity
-        packed = latents.transpose(1, 2).reshape(count, 128, 16, 16) * self.std + self.mean
-        return self.vae.decode(F.pixel_shuffle(packed, 2)).sample, rows
+    def sample(self, ids, lengths, reference: torch.Tensor | None = None) -> torch.Tensor:
+        """Render pictures [B, 3, 256, 256] of texts from the current weights."""
+        noise = torch.randn(len(ids), 128, 16, 16, device=self.device)
+        latents = self.denoise(noise, text_features(self.text_encoder, ids, lengths), reference)
+        return self.vae.decode(F.pixel_shuffle(latents * self.std + self.mean, 2)).sample
 
 
 def main() -> None:
@@ -354,20 +441,8 @@ def main() -> None:
         flush=True,
     )
     if args.resume:
-        vae = AutoencoderKLFlux2(**VAE_CONFIG).to(device, memory_format=torch.channels_last)
-        vae.load_state_dict(load_file(args.resume / "vae.safetensors", device=device), strict=False)
-        trainer = FlowTrainer(captions, vae.eval(), device)
-        state = {}
-        for name in ("transformer", "text_encoder"):
-            state |= {
-                f"{name}.{k}": v
-                for k, v in load_file(args.resume / f"{name}.safetensors", device=device).items()
-            }
-        for name, parameter, average in zip(
-            trainer.names, trainer.parameters, trainer.average, strict=True
-        ):
-            parameter.data.copy_(state[name])
-            average.copy_(state[name])
+        trainer = FlowTrainer(captions, load_vae(args.resume, device), device)
+        trainer.load(args.resume)
         seconds = total
     else:
         vae = train_vae(captions, 0.4 * total, device)
@@ -381,32 +456,52 @@ def main() -> None:
 
 def save(trainer: FlowTrainer, out: Path) -> None:
     """Write the averaged weights in bf16, and pictures made with them; training may go on afterwards."""
-    from torchvision.utils import save_image
+    with averaged(trainer):
+        write_weights(trainer, out)
+        captions = trainer.captions
+        rows, ids, lengths, _ = captions.batch(48, MAX_TOKENS)
+        pictures = trainer.sample(ids, lengths)
+        distance = (pictures.clamp(-1, 1) - world.render(rows, jitter=0.0)).abs().mean()
+        write_picture(pictures, out / "samples.png")
+        truth = world.render(rows)
+        with torch.no_grad():
+            again = trainer.vae(truth, sample_posterior=False).sample
+        write_picture(again, out / "reconstructions.png")
+        error = (again - truth).abs().mean()
+        print(f"saved; distance from the truth: 4 steps {distance:.4f}, autoencoder {error:.4f}")
 
+
+@contextmanager
+def averaged(trainer: FlowTrainer) -> Iterator[None]:
+    """The averaged weights in place, as bf16 holds them, and no compiled code; then all as it was."""
     torch.compiler.set_stance("force_eager")
-    captions, trained = trainer.captions, [p.detach().clone() for p in trainer.parameters]
+    trained = [p.detach().clone() for p in trainer.parameters]
     for parameter, average in zip(trainer.parameters, trainer.average, strict=True):
         parameter.data.copy_(average.bfloat16())
-    (out / "vocabulary.json").write_text(json.dumps(captions.vocabulary))
+    yield
+    for parameter, value in zip(trainer.parameters, trained, strict=True):
+        parameter.data.copy_(value)
+    torch.compiler.set_stance("default")
+
+
+def write_weights(trainer: FlowTrainer, out: Path) -> None:
+    """Each file is whole or as it was: a run may be cut off."""
+    (out / "vocabulary.json").write_text(json.dumps(trainer.captions.vocabulary))
     for name in ("vae", "transformer", "text_encoder"):
         half = {
             k: v.bfloat16().contiguous()
             for k, v in getattr(trainer, name).state_dict().items()
             if v.is_floating_point()
         }
-        save_file(half, out / f"{name}.safetensors")
-    pictures, rows = trainer.sample(captions, 48)
-    distance = (pictures.clamp(-1, 1) - world.render(rows, jitter=0.0)).abs().mean()
-    save_image(pictures.clamp(-1, 1) * 0.5 + 0.5, out / "samples.png", nrow=8)
-    truth = world.render(rows)
-    with torch.no_grad():
-        again = trainer.vae(truth, sample_posterior=False).sample
-    save_image(again.clamp(-1, 1) * 0.5 + 0.5, out / "reconstructions.png", nrow=8)
-    error = (again - truth).abs().mean()
-    print(f"saved; distance from the truth: 4 steps {distance:.4f}, autoencoder {error:.4f}")
-    for parameter, value in zip(trainer.parameters, trained, strict=True):
-        parameter.data.copy_(value)
-    torch.compiler.set_stance("default")
+        save_file(half, out / f"{name}.part")
+        (out / f"{name}.part").replace(out / f"{name}.safetensors")
+
+
+def write_picture(pictures: torch.Tensor, target: Path) -> None:
+    """[B, 3, H, W] in -1..1, eight a line."""
+    from torchvision.utils import save_image
+
+    save_image(pictures.clamp(-1, 1) * 0.5 + 0.5, target, nrow=8)
 
 
 if __name__ == "__main__":

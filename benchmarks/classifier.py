@@ -24,6 +24,7 @@ GROUNDS = {
 
 CATEGORIES = ("background", "count", "position", "color", "shape", "size", "relation")
 NEAR = 0.12  # how far, as a share of the side, an object may stand from where the caption puts it
+KEPT = 0.05  # and from where it stood, if it was to stay there; the seed moves one by 0.012
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,16 @@ def name_shape(mask: np.ndarray) -> str:
     return "star"
 
 
+def nearest(things: tuple, seen: list[Seen]) -> list[tuple]:
+    """For each thing asked for: it, the object that stands nearest to its place (or None), and how far that is."""
+    pairs = []
+    for thing in things:
+        gaps = [float(np.hypot(o.x - thing.center[0], o.y - thing.center[1])) for o in seen]
+        best = int(np.argmin(gaps)) if gaps else None
+        pairs.append((thing, None if best is None else seen[best], gaps[best] if gaps else 1.0))
+    return pairs
+
+
 def judge(picture: np.ndarray, scene) -> dict[str, bool]:
     """Compare what is seen with what was asked: one verdict a category (relation: two objects only)."""
     background, seen = find_objects(picture)
@@ -108,15 +119,7 @@ def judge(picture: np.ndarray, scene) -> dict[str, bool]:
         "background": background == scene.background,
         "count": len(seen) == len(scene.things),
     }
-    pairs = []
-    for thing in scene.things:
-        distance = {
-            i: np.hypot(o.x - thing.center[0], o.y - thing.center[1]) for i, o in enumerate(seen)
-        }
-        nearest = min(distance, key=distance.get, default=None)
-        pairs.append(
-            (thing, seen[nearest] if nearest is not None else None, distance.get(nearest, 1.0))
-        )
+    pairs = nearest(scene.things, seen)
     verdict["position"] = all(gap < NEAR for *_, gap in pairs)
     for category in ("color", "shape", "size"):
         verdict[category] = all(
@@ -141,3 +144,32 @@ def judge(picture: np.ndarray, scene) -> dict[str, bool]:
             verdict["position"] if same else bool(first and second and holds(first, second))
         )
     return verdict
+
+
+def judge_edit(picture: np.ndarray, reference: np.ndarray, edit) -> dict[str, bool]:
+    """Compare what is seen with what an edit asked and with the reference.
+
+    Returns:
+        "asked": whether what was asked is there; and one verdict a category of what was to stay.
+    """
+    background, seen = find_objects(picture)
+    before = nearest(edit.source.things, find_objects(reference)[1])
+    pairs = nearest(edit.result.things, seen)
+    verdict = {"count": len(seen) == len(pairs), "background": background == edit.result.background}
+    right = {
+        category: [o is not None and getattr(o, category) == getattr(t, category) for t, o, _ in pairs]
+        for category in ("color", "shape", "size")
+    }  # fmt: skip
+    right["position"] = [
+        new is not None and old is not None and np.hypot(new.x - old.x, new.y - old.y) < KEPT
+        for (_, old, _), (_, new, _) in zip(before, pairs, strict=True)
+    ]
+    place = pairs[edit.which][2] < NEAR
+    if edit.kind == "background":
+        asked = verdict.pop("background")
+    elif edit.kind == "recolour":
+        asked = right["color"].pop(edit.which) and place
+    else:
+        del right["position"][edit.which]
+        asked = place
+    return {"asked": asked, **verdict, **{name: all(each) for name, each in right.items()}}

@@ -41,22 +41,8 @@ def test_the_graph_in_a_picture_makes_the_same_picture_in_comfyui(comfyui, serve
         graph = json.loads(image.text["prompt"])
     for node in graph.values():  # the user's pictures lie in the host's input folder
         if node["class_type"] == "LoadImage":
-            node["inputs"]["image"] = upload(server, tmp_path / node["inputs"]["image"])
+            name = node["inputs"]["image"]
+            node["inputs"]["image"] = server.client.upload(name, (tmp_path / name).read_bytes())
     pixels = server.render(graph).astype(int)
     difference = np.abs(pixels - np.asarray(made.image).astype(int))
     assert difference.mean() < 1 and np.percentile(difference, 99) <= 4
-
-
-def upload(server, path) -> str:
-    """Give a picture to the host as the canvas does."""
-    import urllib.request
-
-    boundary = "ark-test-boundary"
-    head = (
-        f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{path.name}"\r\n'
-    )
-    body = f"{head}Content-Type: image/png\r\n\r\n".encode() + path.read_bytes()
-    body += f"\r\n--{boundary}--\r\n".encode()
-    request = urllib.request.Request(f"{server.client.url}/upload/image", body, {"Content-Type": f"multipart/form-data; boundary={boundary}"})  # fmt: skip
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.loads(answer.read())["name"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import urllib.request
-import uuid
 
 import numpy as np
 import pytest
@@ -37,22 +35,10 @@ def picture() -> bytes:
     return stream.getvalue()
 
 
-def upload(url: str, name: str, png: bytes) -> None:
-    """What the canvas does with a dropped picture."""
-    edge = uuid.uuid4().hex
-    head = f'--{edge}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\nContent-Type: image/png\r\n\r\n'
-    body = head.encode() + png + f"\r\n--{edge}--\r\n".encode()
-    kind = {"Content-Type": f"multipart/form-data; boundary={edge}"}
-    with urllib.request.urlopen(
-        urllib.request.Request(f"{url}/upload/image", body, kind), timeout=30
-    ) as reply:
-        assert json.loads(reply.read())["name"] == name
-
-
 @pytest.fixture(scope="module")
 def furnished(server):
     """The server, with a picture in its input folder and a LoRA for the embedded model."""
-    upload(server.host.url, "example.png", picture())
+    assert server.client.upload("example.png", picture()) == "example.png"
     folder = server.host.base / "models" / "loras"
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(6)
@@ -205,9 +191,8 @@ def test_a_reference_changes_the_picture(furnished, fresh_seed: int):
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflow_is_a_template_with_a_thumbnail(server, path):
     assert path.stem in server.client.get("/api/workflow_templates")["ark"]
-    url = f"{server.host.url}/api/workflow_templates/ark/{path.stem}.jpg"
-    with urllib.request.urlopen(url, timeout=10) as reply:
-        assert reply.read(3) == b"\xff\xd8\xff"
+    picture = server.client.get(f"/api/workflow_templates/ark/{path.stem}.jpg", raw=True)
+    assert picture.startswith(b"\xff\xd8\xff")
 
 
 @pytest.mark.parametrize("node", ["ArkReferenceImages", "ArkScheduler", "ArkSampler4Step"])

@@ -16,9 +16,7 @@ from ark.toolkit.embedded import COMPACT
 pytestmark = pytest.mark.host
 ASKED = sample_scenes(6, seed=11, held_out=True)
 EDITS = sample_edits(6, seed=11)  # two of each kind
-BEFORE_EDITS = (
-    50  # words that it knew before assets/train_edits.py taught it some more, and to edit
-)
+BEFORE_EDITS = 50  # tokens that it knew before assets/train_edits.py taught it more
 
 
 @pytest.mark.parametrize(("scene", "caption"), ASKED, ids=[caption for _, caption in ASKED])

@@ -63,14 +63,21 @@ def show(where: Facts | None, facts: Callable[[], Facts] | Facts) -> None:
         instance.send_sync(EVENT, {**where, **give()})
 
 
-def add_to_run(where: Facts | None, **seconds_or_facts: Any) -> None:
-    """Add to what is known of a prompt that makes pictures: numbers of the same name are summed."""
+def add_to_run(where: Facts | None, size: str | None = None, **amounts: float) -> None:
+    """Add to what is known of a prompt that makes pictures.
+
+    Args:
+        where: see `place`.
+        size: of the pictures in px, as text.
+        amounts: numbers, summed over the prompt's nodes.
+    """
     if where is None:
         return
     run = _runs.setdefault(where["prompt"], {"prompt": where["prompt"], "at": time.time()})
-    for name, value in seconds_or_facts.items():
-        summed = isinstance(value, (int, float)) and name in run
-        run[name] = run[name] + value if summed else value
+    for name, value in amounts.items():
+        run[name] = run.get(name, 0) + value
+    if size is not None:
+        run["size"] = size
     while len(_runs) > KEPT_RUNS:
         _runs.popitem(last=False)
 

@@ -6,10 +6,14 @@ nothing outlives the server.
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from comfy_execution.utils import get_executing_context
@@ -18,7 +22,31 @@ EVENT, ROUTE = "ark.state", "/ark/state"
 KEPT_STATES, KEPT_RUNS = 200, 24
 Facts = dict[str, Any]
 
-_states: OrderedDict[tuple[str | None, str], tuple[Facts, Callable[[], Facts]]] = OrderedDict()
+
+@dataclass(frozen=True)
+class Place:
+    """Where a node stands that runs.
+
+    Attributes:
+        graph: the canvas's name of it; None for a prompt that no canvas made.
+        node: its id in the graph.
+        type: its class.
+        prompt: the id of the run.
+        key: names the node with all that its result depends on.
+    """
+
+    graph: str | None
+    node: str
+    type: str
+    prompt: str
+    key: str
+
+    def told(self, facts: Facts) -> Facts:
+        """Facts as the canvas gets them."""
+        return {"graph": self.graph, "node": self.node, "type": self.type, "prompt": self.prompt, **facts}  # fmt: skip
+
+
+_states: OrderedDict[tuple[str | None, str], tuple[Place, Callable[[], Facts]]] = OrderedDict()
 _runs: OrderedDict[str, Facts] = OrderedDict()
 
 
@@ -27,24 +55,49 @@ def server() -> Any:
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
-def place(node: type) -> Facts | None:
-    """Where a node stands that runs now, or None outside a prompt.
+def place(node: type) -> Place | None:
+    """Where a node stands, from the class that the host runs, with its hidden inputs; None outside a prompt.
 
-    Args:
-        node: the class that the host runs, with its hidden inputs.
-
-    Returns:
-        graph (None for a prompt that no canvas made), node, type and prompt.
+    The graph's other nodes whose results the host still has will not run: they show what they did when they ran, which
+    may have been in another graph.
     """
     context = get_executing_context()
     if context is None:
         return None
-    png = getattr(getattr(node, "hidden", None), "extra_pnginfo", None) or {}
+    hidden = getattr(node, "hidden", None)
+    png = getattr(hidden, "extra_pnginfo", None) or {}
     graph = (png.get("workflow") or {}).get("id") if isinstance(png, dict) else None
-    return {"graph": graph, "node": context.node_id, "type": node.__name__.removesuffix("Clone"), "prompt": context.prompt_id}  # fmt: skip
+    prompt = getattr(hidden, "prompt", None) or {}
+    keys = keys_of(prompt)
+    known = {here.key: give for here, give in list(_states.values())}
+    for number, key in keys.items():
+        there = _states.get((graph, number))
+        if key in known and (there is None or there[0].key != key):
+            show(Place(graph, number, prompt[number]["class_type"], context.prompt_id, key), known[key])  # fmt: skip
+    number = context.node_id
+    own = keys.get(number, f"{context.prompt_id} {number}")  # a node that another one put there
+    return Place(graph, number, node.__name__.removesuffix("Clone"), context.prompt_id, own)
 
 
-def show(where: Facts | None, facts: Callable[[], Facts] | Facts) -> None:
+def keys_of(prompt: dict[str, dict]) -> dict[str, str]:
+    """Name each node of a prompt by its class, its inputs, and the names of those that it gets inputs from."""
+
+    @functools.cache
+    def key(number: str) -> str:
+        inputs = {
+            name: [key(str(value[0])), value[1]] if linked(value) else value
+            for name, value in prompt[number]["inputs"].items()
+        }
+        named = json.dumps([prompt[number]["class_type"], inputs], sort_keys=True, default=str)
+        return hashlib.sha256(named.encode()).hexdigest()
+
+    def linked(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == 2 and str(value[0]) in prompt
+
+    return {number: key(number) for number in prompt}
+
+
+def show(where: Place | None, facts: Callable[[], Facts] | Facts) -> None:
     """Let a node show facts from now on.
 
     Args:
@@ -54,16 +107,16 @@ def show(where: Facts | None, facts: Callable[[], Facts] | Facts) -> None:
     if where is None:
         return
     give = facts if callable(facts) else lambda: facts
-    key = where["graph"], where["node"]
+    key = where.graph, where.node
     _states[key] = where, give
     _states.move_to_end(key)
     while len(_states) > KEPT_STATES:
         _states.popitem(last=False)
     if (instance := server()) is not None:
-        instance.send_sync(EVENT, {**where, **give()})
+        instance.send_sync(EVENT, where.told(give()))
 
 
-def add_to_run(where: Facts | None, size: str | None = None, **amounts: float) -> None:
+def add_to_run(where: Place | None, size: str | None = None, **amounts: float) -> None:
     """Add to what is known of a prompt that makes pictures.
 
     Args:
@@ -73,7 +126,7 @@ def add_to_run(where: Facts | None, size: str | None = None, **amounts: float) -
     """
     if where is None:
         return
-    run = _runs.setdefault(where["prompt"], {"prompt": where["prompt"], "at": time.time()})
+    run = _runs.setdefault(where.prompt, {"prompt": where.prompt, "at": time.time()})
     for name, value in amounts.items():
         run[name] = run.get(name, 0) + value
     if size is not None:
@@ -88,7 +141,7 @@ def everything() -> Facts:
         if "seconds" not in run:
             run.update(_whole_time(run["prompt"]))
     return {
-        "states": [{**where, **give()} for where, give in list(_states.values())],
+        "states": [where.told(give()) for where, give in list(_states.values())],
         "runs": [run for run in list(_runs.values()) if "sample_ms" in run],
     }
 

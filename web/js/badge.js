@@ -27,7 +27,7 @@ export function addBadge(node) {
   const widget = node.addDOMWidget("ark_state", "ark_state", box, {
     serialize: false,
     getMinHeight: () => height,
-    getMaxHeight: () => 4 * height,
+    getMaxHeight: () => height,
     getValue: () => "",
     setValue: () => {},
     margin: 6,

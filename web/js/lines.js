@@ -51,11 +51,13 @@ function sampler(state) {
   return [first, ...(state.step_ms === null ? [] : [all]), settings(state), ...instead(state)];
 }
 
+const SOURCES = { memory: "fromMemory", disk: "fromDisk", encoder: "encoded" };
+
 const KINDS = {
   ArkFastLoader: loader,
   ArkSageCombustion: combustion,
   ArkSampler4Step: sampler,
-  ArkTextEncode: (state) => [say(`text_${state.source === "encoder" ? "ran" : state.source}`, { time: time(state.ms) })],
+  ArkTextEncode: (state) => [say(SOURCES[state.source], { time: time(state.ms) })],
   ArkPrewarm: (state) => [say("warm", { count: state.sizes, time: time(state.seconds * 1000) })],
   ArkReport: (state) => state.lines,
 };

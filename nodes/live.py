@@ -56,27 +56,21 @@ def server() -> Any:
 
 
 def place(node: type) -> Place | None:
-    """Where a node stands, from the class that the host runs, with its hidden inputs; None outside a prompt.
-
-    The graph's other nodes whose results the host still has will not run: they show what they did when they ran, which
-    may have been in another graph.
-    """
+    """Where a node stands, from the class that the host runs, with its hidden inputs; None outside a prompt."""
     context = get_executing_context()
     if context is None:
         return None
-    hidden = getattr(node, "hidden", None)
-    png = getattr(hidden, "extra_pnginfo", None) or {}
-    graph = (png.get("workflow") or {}).get("id") if isinstance(png, dict) else None
+    hidden, number = getattr(node, "hidden", None), context.node_id
     prompt = getattr(hidden, "prompt", None) or {}
-    keys = keys_of(prompt)
-    known = {here.key: give for here, give in list(_states.values())}
-    for number, key in keys.items():
-        there = _states.get((graph, number))
-        if key in known and (there is None or there[0].key != key):
-            show(Place(graph, number, prompt[number]["class_type"], context.prompt_id, key), known[key])  # fmt: skip
-    number = context.node_id
-    own = keys.get(number, f"{context.prompt_id} {number}")  # a node that another one put there
-    return Place(graph, number, node.__name__.removesuffix("Clone"), context.prompt_id, own)
+    own = f"{context.prompt_id} {number}"  # of a node that another one put there
+    key = keys_of(prompt)[number] if number in prompt else own
+    kind = node.__name__.removesuffix("Clone")
+    return Place(_graph_of(getattr(hidden, "extra_pnginfo", None)), number, kind, context.prompt_id, key)  # fmt: skip
+
+
+def _graph_of(png: Any) -> str | None:
+    """The name of the graph that the canvas sends along with a prompt, for the picture's file."""
+    return ((png or {}).get("workflow") or {}).get("id") if isinstance(png, dict) else None
 
 
 def keys_of(prompt: dict[str, dict]) -> dict[str, str]:
@@ -137,6 +131,7 @@ def add_to_run(where: Place | None, size: str | None = None, **amounts: float) -
 
 def everything() -> Facts:
     """All states as they are now, and the last prompts that an Ark sampler took part in, the oldest first."""
+    _take_over()
     for run in list(_runs.values()):
         if "seconds" not in run:
             run.update(_whole_time(run["prompt"]))
@@ -146,11 +141,27 @@ def everything() -> Facts:
     }
 
 
+def _take_over() -> None:
+    """Nodes that the last prompt took from the host's cache show what they did when they ran, be it in another graph."""
+    known = {where.key: give for where, give in list(_states.values())}
+    for _, name, prompt, extra, *_ in (item["prompt"] for item in _history(max_items=1).values()):
+        graph = _graph_of(extra.get("extra_pnginfo"))
+        for number, key in keys_of(prompt).items():
+            there = _states.get((graph, number))
+            if key in known and (there is None or there[0].key != key):
+                kind = prompt[number]["class_type"]
+                _states[graph, number] = Place(graph, number, kind, name, key), known[key]
+
+
+def _history(**which: Any) -> dict[str, dict]:
+    queue = getattr(server(), "prompt_queue", None)
+    return queue.get_history(**which) if queue else {}
+
+
 def _whole_time(prompt: str) -> Facts:
     """Seconds of a prompt that has ended, by the host's own history; empty as long as it runs."""
-    queue = getattr(server(), "prompt_queue", None)
-    history = queue.get_history(prompt_id=prompt).get(prompt) if queue else None
-    messages = ((history or {}).get("status") or {}).get("messages") or []
+    history = _history(prompt_id=prompt).get(prompt) or {}
+    messages = (history.get("status") or {}).get("messages") or []
     times = {kind: data.get("timestamp") for kind, data in messages}
     start = times.get("execution_start")
     end = times.get("execution_success")

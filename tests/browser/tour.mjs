@@ -32,6 +32,12 @@ const badges = () =>
     return found.map((box) => ({ label: box.ariaLabel, text: box.dataset.text, known: box.dataset.known }));
   });
 
+let since = Date.now();
+const phase = (name) => {
+  (seen.seconds ??= {})[name] = (Date.now() - since) / 1000;
+  since = Date.now();
+};
+
 async function open() {
   await page.goto(plan.url, { waitUntil: "domcontentloaded", timeout: 60000 });
   const ready = () => window.app?.graph && window.LiteGraph?.registered_node_types?.ArkSampler4Step;
@@ -47,7 +53,8 @@ async function load(file) {
 /** Find each node by typing, choose it, put it down; says what was listed for it. */
 async function addBySearch() {
   const listed = {};
-  await page.evaluate(() => app.graph.clear());
+  await page.evaluate(() => app.extensionManager.command.execute("Comfy.NewBlankWorkflow"));
+  await page.waitForTimeout(500);
   for (const [type, [query, title]] of Object.entries(plan.add)) {
     await page.mouse.move(1150, 550, { steps: 2 });
     for (const clickCount of [1, 2]) {
@@ -105,15 +112,14 @@ const wire = () =>
     link("VAEDecode", "IMAGE", "SaveImage", "images");
     const put = (type, name, value) => (node(type).widgets.find((widget) => widget.name === name).value = value);
     put("ArkTextEncode", "text", "a large red circle in the center on a white background");
-    put("ArkPrewarm", "sizes", "128x128");
-    put("ArkReport", "size", "128x128");
+    put("ArkPrewarm", "sizes", "64x64");
+    put("ArkReport", "size", "64x64");
     put("LoadImage", "image", "example.png");
     const rows = [
-      ["ArkFastLoader", "ArkSageCombustion", "ArkPrewarm", "ArkSampler4Step", "VAEDecode"],
-      ["ArkTextEncode", "ArkReferenceImages", "ArkScheduler", "ArkReport", "SaveImage"],
-      ["LoadImage"],
+      ["ArkFastLoader", "ArkSageCombustion", "ArkPrewarm", "ArkSampler4Step", "VAEDecode", "SaveImage"],
+      ["LoadImage", "ArkTextEncode", "ArkReferenceImages", "ArkScheduler", "ArkReport"],
     ];
-    rows.forEach((row, down) => row.forEach((type, across) => (node(type).pos = [40 + 420 * across, 80 + 420 * down])));
+    rows.forEach((row, down) => row.forEach((type, across) => (node(type).pos = [40 + 420 * across, 80 + 600 * down])));
     for (const type of ["ArkFastLoader", "ArkTextEncode", "ArkReport"]) node(type).size = [380, node(type).size[1]];
     app.canvas.setDirty(true, true);
   });
@@ -136,12 +142,13 @@ const queue = () =>
 
 /** A picture of each node as it stands, for its help page. */
 async function portraits() {
-  await page.evaluate(() => app.canvas.deselectAllNodes?.());
+  await page.mouse.move(60, 700);
   for (const type of Object.keys(plan.add)) {
     const clip = await page.evaluate((type) => {
       const node = app.graph.nodes.find((node) => node.type === type);
-      const [scale, edge] = [1, 8];
-      app.canvas.ds.scale = scale;
+      const edge = 8;
+      app.canvas.ds.scale = 1;
+      node.setSize([Math.max(node.size[0], 340), node.computeSize()[1]]);
       const [width, height] = [node.size[0] + 2 * edge, node.size[1] + LiteGraph.NODE_TITLE_HEIGHT + 2 * edge];
       app.canvas.ds.offset = [600 - node.pos[0], 200 - node.pos[1]];
       app.canvas.setDirty(true, true);
@@ -208,7 +215,11 @@ const colours = () =>
 
 async function inLanguage(language) {
   await setting("Comfy.Locale", language);
-  await page.waitForTimeout(3500); // the page reads the definitions again, and the graph
+  await page.waitForTimeout(1000);
+  await open(); // newer frontends give nodes the names of the language before, until then
+  await load(plan.workflow);
+  await page.locator(".ark-tab-button").click();
+  await page.locator(".ark-panel h2").first().waitFor({ timeout: 5000 });
   const found = await page.evaluate(() => {
     const named = (slot) => slot.label ?? slot.localized_name ?? slot.name;
     const ark = app.graph.nodes.filter((node) => node.type.startsWith("Ark"));
@@ -227,17 +238,26 @@ async function inLanguage(language) {
 try {
   await open();
   seen.idle = await badges();
+  phase("start");
   seen.listed = await addBySearch();
+  phase("search");
   await wire();
   await fit();
   seen.run = await queue();
   await page.waitForTimeout(1500);
   seen.badges = await badges();
+  await page.mouse.move(60, 700);
   await fit();
   await shot("every-node");
-  seen.saved = await page.evaluate(() => JSON.stringify(app.graph.serialize()).includes("ark_state"));
+  const saved = await page.evaluate(() => app.graph.serialize());
+  seen.saved = JSON.stringify(saved).includes("ark_state");
+  phase("run");
+  await open(); // a new page knows what the last one saw
+  await page.evaluate((json) => app.loadGraphData(json), saved);
+  await page.waitForTimeout(500);
+  seen.reloaded = await badges();
   await portraits();
-  await page.evaluate(() => app.canvas.deselectAllNodes?.());
+  phase("portraits");
   await page.locator(".ark-tab-button").click();
   await page.locator(".ark-panel h2").first().waitFor({ timeout: 5000 });
   await fit();
@@ -247,7 +267,9 @@ try {
     bars: document.querySelectorAll(".ark-panel svg rect").length,
     label: document.querySelector(".ark-panel svg").getAttribute("aria-label"),
   }));
+  phase("panel");
   seen.keyboard = await keyboard();
+  phase("keyboard");
   seen.dark = await colours();
   await setting("Comfy.ColorPalette", "light");
   await page.waitForTimeout(1000);
@@ -255,17 +277,14 @@ try {
   seen.light = await colours();
   await shot("panel-light");
   await setting("Comfy.ColorPalette", "dark");
+  phase("themes");
   seen.help = await help();
-  await load(plan.workflow);
-  const tab = page.locator(".ark-panel");
-  if (!(await tab.count())) await page.locator(".ark-tab-button").click();
+  phase("help");
   seen.languages = {};
   for (const language of plan.languages) seen.languages[language] = await inLanguage(language);
+  phase("languages");
   await setting("Comfy.Locale", "en");
-  await open(); // a new page knows what the last one saw
-  await load(plan.workflow);
-  await fit();
-  seen.reloaded = await badges();
+  await page.waitForTimeout(2000);
   await setting("Comfy.VueNodes.Enabled", true);
   await page.waitForTimeout(2000);
   await fit();

@@ -23,5 +23,8 @@ app.registerExtension({
     await followServer();
   },
   nodeCreated: addBadge,
-  afterConfigureGraph: refreshBadges,
+  afterConfigureGraph() {
+    refreshBadges();
+    redraw(); // the language may be another one
+  },
 });

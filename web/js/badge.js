@@ -6,6 +6,7 @@ import { shownNodes } from "./state.js";
 import { say } from "./words.js";
 
 const LINE = 15; // px
+const WIDTH = 320; // px, at least, of a new node
 const AROUND = 24; // px: the widget's margin, the box's border and padding
 const badges = new WeakMap();
 
@@ -33,6 +34,7 @@ export function addBadge(node) {
     margin: 6,
   });
   widget.serialize = false;
+  node.setSize([Math.max(node.size[0], WIDTH), node.size[1]]);
   badges.set(node, box);
   write(node, undefined);
 }

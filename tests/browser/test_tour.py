@@ -94,6 +94,7 @@ def test_the_canvas_speaks_another_language(tour: dict, language: str):
         expected = words[node["type"]]
         assert node["title"] == node["shown"] == expected["display_name"]
         assert node["inputs"] == {k: expected["inputs"][k]["name"] for k in node["inputs"]}
+        assert node["tooltips"] == [slot["tooltip"] for slot in expected["outputs"].values()]
     main = json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))
     assert main["ark"]["runs"] in seen["panel"]
     assert all(main["ark"]["stateOf"].split("}")[1] in badge["label"] for badge in seen["badges"])

@@ -10,7 +10,7 @@ const { chromium } = createRequire(import.meta.url)(process.env.PLAYWRIGHT_CORE 
 const seen = { errors: [], failedRequests: [], outside: [] };
 const args = ["--no-sandbox", "--disable-gpu", "--no-proxy-server", "--disable-background-networking"];
 const browser = await chromium.launch({ executablePath: plan.chromium, args });
-const page = await browser.newPage({ viewport: { width: 1800, height: 1000 } });
+const page = await browser.newPage({ viewport: { width: 2200, height: 1200 } });
 page.on("console", (message) => {
   if (message.type() === "error") seen.errors.push(`${message.text()} (${message.location().url})`);
 });
@@ -215,10 +215,9 @@ const colours = () =>
 
 async function inLanguage(language) {
   await setting("Comfy.Locale", language);
-  await page.waitForTimeout(1000);
-  await open(); // newer frontends give nodes the names of the language before, until then
+  await page.waitForTimeout(3000); // the page reads the definitions again
   await load(plan.workflow);
-  await page.locator(".ark-tab-button").click();
+  if (!(await page.locator(".ark-panel").count())) await page.locator(".ark-tab-button").click();
   await page.locator(".ark-panel h2").first().waitFor({ timeout: 5000 });
   const found = await page.evaluate(() => {
     const named = (slot) => slot.label ?? slot.localized_name ?? slot.name;
@@ -227,6 +226,7 @@ async function inLanguage(language) {
       type: node.type,
       title: LiteGraph.registered_node_types[node.type].title,
       shown: node.title,
+      tooltips: node.constructor.nodeData.outputs.map((output) => output.tooltip),
       inputs: Object.fromEntries(node.inputs.map((slot) => [slot.name, named(slot)])),
     }));
   });

@@ -4,6 +4,7 @@ import { app } from "../../../scripts/app.js";
 import { addBadge, refreshBadges } from "./badge.js";
 import { redraw, tab } from "./panel.js";
 import { followServer, onChange } from "./state.js";
+import { translateDefinition, translateSlots } from "./translate.js";
 import { loadWords } from "./words.js";
 
 app.registerExtension({
@@ -22,7 +23,11 @@ app.registerExtension({
     app.extensionManager.registerSidebarTab(tab);
     await followServer();
   },
-  nodeCreated: addBadge,
+  beforeRegisterNodeDef: translateDefinition,
+  nodeCreated(node) {
+    translateSlots(node);
+    addBadge(node);
+  },
   afterConfigureGraph() {
     refreshBadges();
     redraw(); // the language may be another one

@@ -96,7 +96,10 @@ try {
   } catch (error) {
     seen.image = { error: error.message };
   }
-  await page.waitForTimeout(500);
+  await page.locator(".ark-tab-button").click();
+  await page.locator(".ark-panel h2").first().waitFor({ timeout: 5000 });
+  await page.evaluate(() => app.extensionManager.command.execute("Comfy.Canvas.FitView"));
+  await page.waitForTimeout(1500);
   await page.screenshot({ path: screenshot });
 } finally {
   await browser.close();

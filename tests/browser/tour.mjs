@@ -125,7 +125,10 @@ const wire = () =>
   });
 
 const fit = async () => {
-  await page.evaluate(() => app.extensionManager.command.execute("Comfy.Canvas.FitView"));
+  await page.evaluate(() => {
+    app.canvas.deselectAllNodes?.(); // else only what is selected is fitted: a focused badge selects its node
+    return app.extensionManager.command.execute("Comfy.Canvas.FitView");
+  });
   await page.waitForTimeout(800);
 };
 

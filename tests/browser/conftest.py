@@ -21,6 +21,8 @@ def furnished(comfyui: Path) -> Iterator[Host]:
     from PIL import Image, ImageDraw
     from safetensors.torch import save_file
 
+    # a browser wants the processor as well: threads that wait for others must not spin
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with Host.start(comfyui) as host:
         picture = Image.new("RGB", (128, 128), "white")
         ImageDraw.Draw(picture).ellipse((30, 30, 100, 100), fill=(220, 30, 35))

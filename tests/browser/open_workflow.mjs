@@ -62,14 +62,16 @@ try {
       await app.queuePrompt(0);
       const { kind, detail } = await ended;
       app.api.removeEventListener("progress", watch);
-      await new Promise((resolve) => setTimeout(resolve, 300)); // what the page asks for then has come
       const badges = [...document.querySelectorAll(".ark-badge")];
+      // what the page asks for at the end of a run is on its way
+      for (let wait = 0; wait < 100 && badges.some((badge) => badge.dataset.known !== "yes"); wait++)
+        await new Promise((resolve) => setTimeout(resolve, 100));
       const texts = badges.map((badge) => [badge.ariaLabel, badge.dataset.known, badge.dataset.text]);
       return { kind, detail, progress, badges: texts };
     });
   const small = () =>
     page.evaluate(() => {
-      const sizes = { width: 64, height: 64, size: "64x64", megapixels: 0.01 };
+      const sizes = { width: 64, height: 64, size: "64x64", megapixels: 0.01, compare: false };
       for (const node of app.graph.nodes)
         for (const widget of node.widgets ?? []) widget.value = sizes[widget.name] ?? widget.value;
     });
@@ -98,7 +100,11 @@ try {
   }
   await page.locator(".ark-tab-button").click();
   await page.locator(".ark-panel h2").first().waitFor({ timeout: 5000 });
-  await page.evaluate(() => app.extensionManager.command.execute("Comfy.Canvas.FitView"));
+  await page.mouse.move(900, 960);
+  await page.evaluate(() => {
+    Object.assign(app.canvas.ds, { scale: 0.74, offset: [540, 60] }); // beside the panel
+    app.canvas.setDirty(true, true);
+  });
   await page.waitForTimeout(1500);
   await page.screenshot({ path: screenshot });
 } finally {

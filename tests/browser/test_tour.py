@@ -102,6 +102,7 @@ def test_the_canvas_speaks_another_language(tour: dict, language: str):
 
 def test_the_newer_node_design_shows_the_same(tour: dict):
     assert tour["vue"] and all(badge["text"] for badge in tour["vue"])
+    assert max(badge["width"] for badge in tour["vue"]) < 500  # px: the node's, not the line's
 
 
 def test_no_error_of_ark_in_the_console(tour: dict, errors_of_ark: Callable):

@@ -28,8 +28,8 @@ const setting = (name, value) =>
   page.evaluate(([name, value]) => app.extensionManager.setting.set(name, value), [name, value]);
 const badges = () =>
   page.evaluate(() => {
-    const found = [...document.querySelectorAll(".ark-badge")].filter((box) => box.isConnected);
-    return found.map((box) => ({ label: box.ariaLabel, text: box.dataset.text, known: box.dataset.known }));
+    const told = (box) => ({ label: box.ariaLabel, text: box.dataset.text, known: box.dataset.known, width: box.offsetWidth });
+    return [...document.querySelectorAll(".ark-badge")].map(told);
   });
 
 let since = Date.now();
@@ -247,7 +247,8 @@ try {
   await wire();
   await fit();
   seen.run = await queue();
-  await page.waitForTimeout(1500);
+  const told = () => [...document.querySelectorAll(".ark-badge")].every((badge) => badge.dataset.known === "yes");
+  await page.waitForFunction(told, null, { timeout: 10000 }).catch(() => {}); // the test says which one was not
   seen.badges = await badges();
   await page.mouse.move(60, 700);
   await fit();

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from ..toolkit.embedded import cache_folder, embedded_folders
 from .combustion import ArkSageCombustion
 from .encode import ArkTextEncode
+from .live import serve
 from .load import ArkFastLoader
 from .prepare import prepare_in_background
 from .prewarm import ArkPrewarm
@@ -38,6 +39,7 @@ class ArkExtension(ComfyExtension):
                 error,
             )
         prepare_in_background()
+        serve()
         return [
             ArkFastLoader,
             ArkTextEncode,

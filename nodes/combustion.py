@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from comfy_api.latest import io
 
 from ..patches.attention import set_attention
 from ..patches.compile import CHOICES as COMPILE
 from ..patches.compile import set_compile
 from ..patches.fused import PRECISIONS, remove_fused, set_fused
+from ..patches.state import settings_of
 from ..toolkit.errors import InputError
 from ..toolkit.kernels import KERNELS
+from . import live
+from .schema import schema
 
 ATTENTION = ["auto", *KERNELS, "none"]
 ENGINES = ["host", "fused"]
@@ -21,10 +26,16 @@ class ArkSageCombustion(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Inputs and outputs."""
-        return io.Schema(
-            node_id="ArkSageCombustion",
-            display_name="Ark Sage Combustion",
-            category="Ark",
+        return schema(
+            "ArkSageCombustion",
+            "Ark Sage Combustion",
+            search_aliases=[
+                "sage attention",
+                "torch compile",
+                "attention kernel",
+                "fp8 speed",
+                "flash attention",
+            ],
             description="Runs this model's attention on a faster kernel, and if you like its blocks compiled, or its whole "
             "step fused. Acts on a copy of the model's options only.",
             inputs=[
@@ -109,4 +120,5 @@ class ArkSageCombustion(io.ComfyNode):
             set_fused(patched, precision) if engine == "fused" else (remove_fused(patched), "")
         )
         report = f"{report}\n{more}" if more else report
+        live.show(live.place(cls), {**dataclasses.asdict(settings_of(patched)), "why": report})
         return io.NodeOutput(patched, report, ui={"text": [report]})

@@ -7,6 +7,8 @@ import time
 from comfy_api.latest import io
 
 from ..toolkit.errors import InputError
+from . import live
+from .schema import schema
 
 FROM = {
     "memory": "Known, from memory",
@@ -21,10 +23,10 @@ class ArkTextEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Inputs and outputs."""
-        return io.Schema(
-            node_id="ArkTextEncode",
-            display_name="Ark Text Encode",
-            category="Ark",
+        return schema(
+            "ArkTextEncode",
+            "Ark Text Encode",
+            search_aliases=["prompt klein", "clip text encode", "conditioning", "qwen3 text"],
             description="A prompt to conditioning. What ArkFastLoader's CLIP has encoded before, it need not encode again, "
             "not even after a restart.",
             inputs=[
@@ -46,6 +48,9 @@ class ArkTextEncode(io.ComfyNode):
             raise InputError("clip: there is no text encoder.", "Connect the CLIP of Ark Fast Loader; a checkpoint may have none.")  # fmt: skip
         start = time.perf_counter()
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
-        # a CLIP of another loader does not say
-        how = FROM[getattr(clip, "source", None) or "encoder"]
-        return io.NodeOutput(conditioning, ui={"text": [f"{how} ({(time.perf_counter() - start) * 1e3:.1f} ms)."]})  # fmt: skip
+        ms = 1e3 * (time.perf_counter() - start)
+        source = getattr(clip, "source", None) or "encoder"  # a CLIP of another loader does not say
+        where = live.place(cls)
+        live.show(where, {"source": source, "ms": ms})
+        live.add_to_run(where, encode_ms=ms)
+        return io.NodeOutput(conditioning, ui={"text": [f"{FROM[source]} ({ms:.1f} ms)."]})

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import comfy.utils
@@ -18,8 +16,9 @@ from ..patches.vae import load_vae
 from ..toolkit.architecture import check_match
 from ..toolkit.embedded import preferred
 from ..toolkit.igniter import file_fingerprint, model_parts
-from ..toolkit.paths import mmap_pin
-from ..toolkit.transfer import TransferReport
+from . import live
+from .loaded import Loaded
+from .schema import schema
 
 CHECKPOINTS = "checkpoints"  # a file of this folder holds all three parts
 DIFFUSERS = "diffusers"  # a folder of this folder has a folder for each part
@@ -49,17 +48,22 @@ class ArkFastLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Inputs and outputs."""
-        return io.Schema(
-            node_id="ArkFastLoader",
-            display_name="Ark Fast Loader",
-            category="Ark",
+        return schema(
+            "ArkFastLoader",
+            "Ark Fast Loader",
+            search_aliases=[
+                "load flux 2 klein",
+                "klein loader",
+                "load diffusion model",
+                "unet loader",
+                "load checkpoint",
+            ],
             description="Loads FLUX.2-Klein: files are mapped, checked, and handed to ComfyUI's own classes by reference.",
             inputs=[
                 _combo("diffusion_model", "The Klein transformer: bf16, fp16, fp32 or fp8."),
                 _combo("text_encoder", "The Qwen3 text encoder that belongs to it."),
                 _combo("vae", "The FLUX.2 VAE."),
             ],
-            hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Model.Output(tooltip="The transformer."),
                 io.Clip.Output(tooltip="Klein's text encoder and tokenizer."),
@@ -107,39 +111,13 @@ class ArkFastLoader(io.ComfyNode):
         size, seconds = sum(part.stat().st_size for part in files), time.perf_counter() - start
         report = f"Opened {diffusion_model}, {text_encoder} and {vae}: {size / 1e9:.2f} GB in {seconds:.3f} s."
         log.info("Ark loader: %s", report)
-        node_id = getattr(cls.hidden, "unique_id", None)  # None where a program calls the node
-        lines = _report_transfers(report, node_id, (clip.patcher, model, decoder.patcher))
-        return io.NodeOutput(model, clip, decoder, ui={"text": lines()})
-
-
-def _report_transfers(opened: str, node_id: str | None, patchers: tuple) -> Callable[[], list[str]]:
-    """Keep the node's report up to date: the bytes travel while the graph goes on.
-
-    Returns:
-        What gives the report's lines as they are when it is called.
-    """
-    transfers: dict[str, str] = {}
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-
-    def lines() -> list[str]:
-        pinned = f"Pinned {mmap_pin.pinned() / 1e9:.1f} of at most {mmap_pin.pin_limit() / 1e9:.0f} GB (ARK_PIN_LIMIT_GB)."  # fmt: skip
-        return [
-            opened,
-            *transfers.values(),
-            *([pinned] if transfers and mmap_pin.pin_limit() else []),
-        ]
-
-    def tell(report: TransferReport) -> None:
-        transfers[report.file] = f"{report}."
-        if server and node_id:
-            server.send_progress_text("\n".join(lines()), node_id)
-
-    for patcher in patchers:
-        model = patcher.masters.opened
-        model.listeners.append(tell)
-        for report in list(model.reports.values()):  # those that were faster than this
-            tell(report)
-    return lines
+        where = live.place(cls)
+        live.add_to_run(where, load_ms=1e3 * seconds)
+        parts = {"diffusion_model": model, "text_encoder": clip.patcher, "vae": decoder.patcher}
+        loaded = Loaded(parts, size, seconds)
+        live.show(where, loaded.facts)
+        loaded.listen(lambda: live.show(where, loaded.facts))
+        return io.NodeOutput(model, clip, decoder, ui={"text": [report, *loaded.lines()]})
 
 
 def _diffusers_folders() -> dict[str, Path]:

@@ -9,6 +9,8 @@ from comfy_api.latest import io
 
 from ..patches.prewarm import parse_sizes, prewarm
 from ..toolkit.errors import InputError
+from . import live
+from .schema import schema
 
 
 class ArkPrewarm(io.ComfyNode):
@@ -17,10 +19,10 @@ class ArkPrewarm(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Inputs and outputs."""
-        return io.Schema(
-            node_id="ArkPrewarm",
-            display_name="Ark Prewarm",
-            category="Ark",
+        return schema(
+            "ArkPrewarm",
+            "Ark Prewarm",
+            search_aliases=["warm up", "precompile", "first image"],
             description="Runs one step at each size, so that compiling and first kernels are over before the first image. "
             "Put it between Ark Sage Combustion and the sampler.",
             inputs=[
@@ -50,5 +52,7 @@ class ArkPrewarm(io.ComfyNode):
         wanted, start = parse_sizes(sizes), time.perf_counter()
         progress = comfy.utils.ProgressBar(len(wanted))
         prewarm(model, wanted, batch_size, lambda: progress.update(1))
-        report = f"Warm for {len(wanted)} sizes after {time.perf_counter() - start:.1f} s."
+        seconds = time.perf_counter() - start
+        live.show(live.place(cls), {"sizes": len(wanted), "seconds": seconds})
+        report = f"Warm for {len(wanted)} sizes after {seconds:.1f} s."
         return io.NodeOutput(model, ui={"text": [report]})

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..patches.references import add_references
 from ..toolkit.references import MAX_MEGAPIXELS, MAX_REFERENCES
+from .schema import schema
 
 
 class ArkReferenceImages(io.ComfyNode):
@@ -22,10 +23,10 @@ class ArkReferenceImages(io.ComfyNode):
             )
             for number in range(2, MAX_REFERENCES + 1)
         ]
-        return io.Schema(
-            node_id="ArkReferenceImages",
-            display_name="Ark Reference Images",
-            category="Ark",
+        return schema(
+            "ArkReferenceImages",
+            "Ark Reference Images",
+            search_aliases=["edit image klein", "reference latent", "kontext", "multi reference"],
             description="Scales and encodes one to four pictures for FLUX.2-Klein to edit, and gives a latent of their size.",
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="The prompt: what is to be done to the pictures."),

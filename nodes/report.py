@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from ..patches.prewarm import parse_sizes
 from ..patches.report import Report, report_on
 from ..toolkit.errors import InputError
+from . import live
+from .schema import schema
 
 WIDTH, LINE = 768, 26  # px
 
@@ -22,10 +24,10 @@ class ArkReport(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Inputs and outputs."""
-        return io.Schema(
-            node_id="ArkReport",
-            display_name="Ark Report",
-            category="Ark",
+        return schema(
+            "ArkReport",
+            "Ark Report",
+            search_aliases=["benchmark", "ms a step", "compare with native", "speed report"],
             description="Says which kernel and compilation a model has, times its steps, and shows how the weights were loaded.",
             is_output_node=True,
             inputs=[
@@ -57,6 +59,7 @@ class ArkReport(io.ComfyNode):
         """Run and draw."""
         report = report_on(model, parse_sizes(size)[0], compare)
         text = "\n".join(report.lines)
+        live.show(live.place(cls), {"lines": report.lines})
         return io.NodeOutput(text, draw(report), ui={"text": [text]})
 
 

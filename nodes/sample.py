@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..patches.sampling import sample_klein
+from ..patches.state import sample_and_tell
+from . import live
 from .schedule import denoise_input, steps_input
+from .schema import schema
 
 
 class ArkSampler4Step(io.ComfyNode):
@@ -14,10 +16,10 @@ class ArkSampler4Step(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Inputs and outputs."""
-        return io.Schema(
-            node_id="ArkSampler4Step",
-            display_name="Ark Sampler (4 Step)",
-            category="Ark",
+        return schema(
+            "ArkSampler4Step",
+            "Ark Sampler (4 Step)",
+            search_aliases=["klein sampler", "ksampler", "euler", "four steps", "4 steps"],
             description="FLUX.2-Klein's few Euler steps on its own noise levels, which depend on the picture's size.",
             inputs=[
                 io.Model.Input("model", tooltip="A FLUX.2-Klein MODEL."),
@@ -75,8 +77,10 @@ class ArkSampler4Step(io.ComfyNode):
         sigmas=None,
     ) -> io.NodeOutput:
         """Sample."""
-        return io.NodeOutput(
-            sample_klein(
-                model, positive, latent_image, seed, steps, denoise, negative=negative, cfg=cfg, sigmas=sigmas
-            )
-        )  # fmt: skip
+        others = {"negative": negative, "cfg": cfg, "sigmas": sigmas}
+        result, facts = sample_and_tell(model, positive, latent_image, seed, steps, denoise, **others)  # fmt: skip
+        where = live.place(cls)
+        live.show(where, facts)
+        size = f"{facts['width']}x{facts['height']}"
+        live.add_to_run(where, sample_ms=facts["ms"], steps=facts["steps"], images=facts["batch"], size=size)  # fmt: skip
+        return io.NodeOutput(result)

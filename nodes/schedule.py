@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..patches.sampling_inputs import check_latent
 from ..toolkit.schedule import MAX_STEPS, klein_sigmas
+from .schema import schema
 
 
 def steps_input() -> io.Int.Input:
@@ -33,10 +34,10 @@ class ArkScheduler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Inputs and outputs."""
-        return io.Schema(
-            node_id="ArkScheduler",
-            display_name="Ark Scheduler",
-            category="Ark",
+        return schema(
+            "ArkScheduler",
+            "Ark Scheduler",
+            search_aliases=["klein sigmas", "flux 2 scheduler", "noise levels"],
             description="FLUX.2-Klein's noise levels for a latent's size, for SamplerCustomAdvanced or Ark Sampler.",
             inputs=[
                 io.Latent.Input(

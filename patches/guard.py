@@ -25,19 +25,17 @@ def add_guard(model: Any, kernel: str) -> None:
         model: the host's ModelPatcher, with an attention override or the fused engine; a guard that it has goes.
         kernel: what they are called, for the message.
     """
-    failed = False
     remove_guard(model)
 
     def guarded(executor, guider, sigmas, extra_args, *args, **kwargs):
-        nonlocal failed
-        if failed:
+        if guarded.failed:
             return executor(guider, sigmas, _on_the_host(extra_args), *args, **kwargs)
         samples = executor(guider, sigmas, extra_args, *args, **kwargs)
         if bool(torch.isfinite(samples).all()):
             return samples
         again = executor(guider, sigmas, _on_the_host(extra_args), *args, **kwargs)
         if bool(torch.isfinite(again).all()):
-            failed = True
+            guarded.failed = True
             log.warning(
                 "Ark: %s gave numbers that are not finite. The run was repeated on ComfyUI's own code, which is used from "
                 "now on. Choose something else in ArkSageCombustion.",
@@ -50,6 +48,7 @@ def add_guard(model: Any, kernel: str) -> None:
             )
         return again
 
+    guarded.failed = False  # for who reports, too
     model.add_wrapper_with_key(SAMPLER_SAMPLE, KEY, guarded)
 
 

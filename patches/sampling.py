@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
@@ -28,6 +29,7 @@ def sample_klein(
     negative: list | None = None,
     cfg: float = 1.0,
     sigmas: torch.Tensor | None = None,
+    watch: Callable[..., None] = lambda *step: None,
 ) -> dict:
     """Sample with Klein's own noise levels and Euler.
 
@@ -41,6 +43,7 @@ def sample_klein(
         negative: CONDITIONING of what to stay away from; only the undistilled base model has a use for it.
         cfg: how far away; at 1 the negative is not run.
         sigmas: [steps + 1] noise levels instead of Klein's own; `steps` and `denoise` are then not looked at.
+        watch: called after each step with what the host's callback is given.
 
     Returns:
         A LATENT with the new samples, all else of the input kept.
@@ -59,6 +62,12 @@ def sample_klein(
         check_sigmas(sigmas)
     guider = _guider(model, positive, negative, cfg)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    show = latent_preview.prepare_callback(model, len(sigmas) - 1)
+
+    def after_step(*step: Any) -> None:
+        watch(*step)
+        show(*step)
+
     try:
         result = guider.sample(
             noise,
@@ -66,7 +75,7 @@ def sample_klein(
             comfy.samplers.sampler_object("euler"),
             sigmas,
             denoise_mask=latent.get("noise_mask"),
-            callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+            callback=after_step,
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=seed,
         )

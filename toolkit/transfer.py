@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -47,6 +49,12 @@ class TransferReport:
             f"{self.file}: {self.nbytes / 1e9:.2f} GB in {self.seconds:.3f} s, {rate / 1e9:.1f} GB/s{share}, "
             f"by {self.path} ({self.why})"
         )
+
+    def facts(self) -> dict[str, Any]:
+        """As a table, with `rate` in bytes/s and `share` of the link, None for a CPU."""
+        rate = self.nbytes / max(self.seconds, 1e-9)
+        share = rate / self.link if self.link else None
+        return {**dataclasses.asdict(self), "rate": rate, "share": share}
 
 
 def transfer(

@@ -1,6 +1,6 @@
 // Opens a ComfyUI in headless Chromium as a user would: loads a workflow into the canvas, runs it, waits for the image.
 // node open_workflow.mjs URL WORKFLOW.json CHROMIUM SCREENSHOT.png [OTHER.json ...] : prints one line of JSON with what it
-// saw. The others are opened first, and not run: `others` has for each what `seen` has of the one that is run.
+// saw. The others are opened first and run small: `others` has for each what `seen` has of the one that is run as it is.
 // playwright-core is found through PLAYWRIGHT_CORE (its folder) or NODE_PATH.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
@@ -49,19 +49,39 @@ try {
         dialog: document.querySelector('[role="dialog"]')?.innerText ?? "",
       };
     }, workflow);
-  for (const file of otherFiles) seen.others[file] = await open(read(file));
-  Object.assign(seen, await open(read(workflowFile)));
-  seen.run = await page.evaluate(async () => {
-    const progress = [];
-    app.api.addEventListener("progress", (event) => progress.push([event.detail.value, event.detail.max]));
-    const ended = new Promise((resolve) => {
-      for (const kind of ["execution_success", "execution_error", "execution_interrupted"])
-        app.api.addEventListener(kind, (event) => resolve({ kind, detail: event.detail }));
-      setTimeout(() => resolve({ kind: "timeout" }), 120000);
+  const run = () =>
+    page.evaluate(async () => {
+      const progress = [];
+      const watch = (event) => progress.push([event.detail.value, event.detail.max]);
+      app.api.addEventListener("progress", watch);
+      const ended = new Promise((resolve) => {
+        for (const kind of ["execution_success", "execution_error", "execution_interrupted"])
+          app.api.addEventListener(kind, (event) => resolve({ kind, detail: event.detail }), { once: true });
+        setTimeout(() => resolve({ kind: "timeout" }), 180000);
+      });
+      await app.queuePrompt(0);
+      const { kind, detail } = await ended;
+      app.api.removeEventListener("progress", watch);
+      const badges = [...document.querySelectorAll(".ark-badge")];
+      // what the page asks for at the end of a run is on its way
+      for (let wait = 0; wait < 100 && badges.some((badge) => badge.dataset.known !== "yes"); wait++)
+        await new Promise((resolve) => setTimeout(resolve, 100));
+      const texts = badges.map((badge) => [badge.ariaLabel, badge.dataset.known, badge.dataset.text]);
+      return { kind, detail, progress, badges: texts };
     });
-    await app.queuePrompt(0);
-    return { ...(await ended), progress };
-  });
+  const small = () =>
+    page.evaluate(() => {
+      const sizes = { width: 64, height: 64, size: "64x64", megapixels: 0.01, compare: false };
+      for (const node of app.graph.nodes)
+        for (const widget of node.widgets ?? []) widget.value = sizes[widget.name] ?? widget.value;
+    });
+  for (const file of otherFiles) {
+    const opened = await open(read(file));
+    await small();
+    seen.others[file] = { ...opened, run: await run() };
+  }
+  Object.assign(seen, await open(read(workflowFile)));
+  seen.run = await run();
   const saved = () =>
     (app.graph.nodes ?? app.graph._nodes).find((node) => node.type === "SaveImage")?.imgs?.find((image) => image.naturalWidth);
   try {
@@ -78,7 +98,14 @@ try {
   } catch (error) {
     seen.image = { error: error.message };
   }
-  await page.waitForTimeout(500);
+  await page.locator(".ark-tab-button").click();
+  await page.locator(".ark-panel h2").first().waitFor({ timeout: 5000 });
+  await page.mouse.move(900, 960);
+  await page.evaluate(() => {
+    Object.assign(app.canvas.ds, { scale: 0.74, offset: [540, 60] }); // beside the panel
+    app.canvas.setDirty(true, true);
+  });
+  await page.waitForTimeout(1500);
   await page.screenshot({ path: screenshot });
 } finally {
   await browser.close();

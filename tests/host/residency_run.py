@@ -22,7 +22,7 @@ import torch  # noqa: E402
 sys.path.append(str(pack_parent))
 from tiny_klein import KLEIN, QKV, with_lora, write_fp8  # noqa: E402
 
-from ark.nodes.load import _report_transfers  # noqa: E402
+from ark.nodes.loaded import Loaded  # noqa: E402
 from ark.nodes.prepare import prepare  # noqa: E402
 from ark.patches import text_encoder, warmup  # noqa: E402
 from ark.patches.residency import ResidentPatcher  # noqa: E402
@@ -239,10 +239,13 @@ with torch.inference_mode():
 
     # the loader's node hears of transfers that end after it
     model, _ = load_transformer(KLEIN)
-    lines = _report_transfers("Opened.", "7", (model,))
+    loaded, heard = Loaded({"diffusion_model": model}, 1, 0.1), []
+    loaded.listen(lambda: heard.append(len(loaded.lines())))
     sample(model)
+    found["resident"] = [loaded.facts()["resident"][0]["bytes"]]
     comfy.model_management.unload_all_models()
-    found["report"] = lines()
+    found["resident"].append(loaded.facts()["resident"][0]["bytes"])
+    found["report"], found["heard"] = loaded.lines(), len(heard)
 
     # while a server idles, the tokenizer is built
     text_encoder._build_tokenizer.cache_clear()

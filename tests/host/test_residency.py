@@ -97,10 +97,15 @@ def test_each_part_is_warmed_up_once(found):
 
 
 def test_the_node_reports_transfers_that_end_after_it(found):
-    opened, transfer, pinned = found["report"]
-    assert opened == "Opened."
+    transfer, pinned = found["report"]
+    assert found["heard"] == 1
     assert transfer.startswith("ark_tiny_klein.safetensors: 0.01 GB in ") and "GB/s" in transfer
     assert pinned.startswith("Pinned 0.0 of at most")
+
+
+def test_the_node_knows_what_is_resident(found):
+    there, gone = found["resident"]
+    assert there > 1e6 and gone == 0
 
 
 def test_the_tokenizer_is_built_before_it_is_needed_and_only_once(found):

@@ -8,7 +8,8 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 from safetensors import SafetensorError
 
-from ..toolkit.embedded import cache_folder, embedded_folders
+from ..toolkit.cache import cache_folder
+from ..toolkit.embedded import embedded_folders
 from .combustion import ArkSageCombustion
 from .encode import ArkTextEncode
 from .load import ArkFastLoader

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from . import traces
-from .embedded import cache_folder
+from .cache import cache_folder
 from .hardware import Hardware
 
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
@@ -239,6 +239,36 @@ def compiler(mode: str, hardware: Hardware, model: str, kernel: str) -> Compiler
     parts = (torch.__version__, versions.get("triton"), hardware.name, model, kernel, mode)
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return Compiler(mode, cache_folder() / "compiled" / digest)
+
+
+def unsuited(mode: str, hardware: Hardware, kernel: str, fp8: bool) -> tuple[str, str] | None:
+    """Why a mode cannot work on a machine with an attention kernel, and what can; None if it can.
+
+    Args:
+        mode: one of MODES.
+        hardware: the card.
+        kernel: the attention kernel's name.
+        fp8: whether weights are in it.
+    """
+    if kernel.startswith("sage") and getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False):  # fmt: skip
+        return (
+            "SageAttention, fp16 accumulation and compiling together give noise.",
+            "Start ComfyUI without --fast fp16_accumulation, choose another kernel, or set compile to off.",
+        )
+    if fp8 and (0, 0) < hardware.compute_capability < (8, 9):
+        return (
+            f"{hardware.name} cannot compile fp8 weights.",
+            "Use the bf16 file, or set compile to off.",
+        )
+    if mode == "reduce-overhead":
+        if hardware.device_type != "cuda":
+            return f"reduce-overhead records CUDA graphs, this is {hardware.name}.", "Choose default."  # fmt: skip
+        if torch.cuda.get_allocator_backend() == "cudaMallocAsync":
+            return (
+                "reduce-overhead records CUDA graphs, which cudaMallocAsync does not allow.",
+                "Start ComfyUI with --disable-cuda-malloc, or choose default.",
+            )
+    return None
 
 
 def any_length(tensor: torch.Tensor, dim: int) -> None:

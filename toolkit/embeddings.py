@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from .embedded import cache_folder
+from .cache import cache_folder
 from .whole_file import write_whole
 
 FOLDER = "embeddings"

@@ -2,6 +2,7 @@
 
     python bootstrap.py demo [--prompt TEXT] [--seed N] [--size WxH] [--out FILE] [--comfyui DIR]
     python bootstrap.py test [pytest args]
+    python bootstrap.py doctor [--json] [--quick] [--comfyui DIR] [--models DIR] [--python EXE]
     python bootstrap.py env
 
 One file on purpose: it must run before anything is installed. From top to bottom: errors and processes, the
@@ -1066,11 +1067,12 @@ def test(args: argparse.Namespace) -> int:
     variables = clean_environment(
         ARK_COMFYUI=str(registry), ARK_HOSTS=os.pathsep.join(hosts), HF_HUB_OFFLINE="1"
     )
-    child = subprocess.Popen(
-        [str(environment.python), "-m", "pytest", "--import-mode=importlib", *args.pytest_args],
-        cwd=ROOT,
-        env=variables,
-    )
+    return run([environment.python, "-m", "pytest", "--import-mode=importlib", *args.rest], cwd=ROOT, env=variables)  # fmt: skip
+
+
+def run(command: list, **options: object) -> int:
+    """Run a program in the terminal, where Ctrl-C reaches it too; returns its exit code."""
+    child = subprocess.Popen([str(part) for part in command], **options)
     _children.append(child)
     try:
         return child.wait()
@@ -1079,6 +1081,27 @@ def test(args: argparse.Namespace) -> int:
             child.terminate()
             child.wait()
         _children.remove(child)
+
+
+LAUNCH = ROOT / "toolkit" / "launch.py"  # runs a module of the pack where it need not be installed
+
+
+def interpreter(comfyui: Path | None, venv: Path) -> Path:
+    """The Python that ComfyUI runs in: of its own folder, of the portable build, else Ark's environment, else this one."""
+    around = (comfyui, comfyui.parent) if comfyui else ()
+    places = [python_of(folder / name) for folder in around for name in (".venv", "venv")]
+    places += [folder / "python_embeded" / "python.exe" for folder in around]
+    if not comfyui or comfyui.parent == venv:
+        places.append(python_of(venv))
+    return next((place for place in places if place.exists()), Path(sys.executable))
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Say what this machine has, what of it is broken, and what Ark would do on it."""
+    comfyui, venv = find_comfyui(args.comfyui), Path(args.venv).absolute()
+    python = args.python or interpreter(comfyui, venv)
+    named = ["--comfyui", comfyui] if comfyui else []
+    return run([python, LAUNCH, "ark.toolkit.doctor", *named, *args.rest])
 
 
 def prepare_for_tests(args: argparse.Namespace, named: Path | None) -> Environment:
@@ -1097,15 +1120,25 @@ def env(args: argparse.Namespace) -> int:
     return 0
 
 
+# what these commands do not know goes to what they run
+PASS_ON = {
+    "test": "all other arguments are pytest's",
+    "doctor": "also: --json (for programs), --quick (read and time nothing), --models DIR (model files to look at)",
+}
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Read the command line; what `test` does not know goes to pytest."""
+    """Read the command line; see PASS_ON for what is left in `args.rest`."""
     parser = argparse.ArgumentParser(
         prog="bootstrap.py", description="Run Ark on this machine, with nothing but Python."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for function in (demo, test, env):
+    for function in (demo, test, env, doctor):
         command = commands.add_parser(
-            function.__name__, help=function.__doc__.splitlines()[0], allow_abbrev=False
+            function.__name__,
+            help=function.__doc__.splitlines()[0],
+            epilog=PASS_ON.get(function.__name__),
+            allow_abbrev=False,
         )
         command.set_defaults(function=function)
         command.add_argument(
@@ -1131,10 +1164,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         image.add_argument(
             name, metavar="FILE", help="a real Klein file instead of the embedded model's"
         )
-    args, rest = parser.parse_known_args(arguments)
-    if rest and args.command != "test":
-        parser.error(f"unknown: {' '.join(rest)}")
-    args.pytest_args = rest
+    commands.choices["doctor"].add_argument(
+        "--python", help="the interpreter to look at (default: ComfyUI's own)"
+    )
+    args, args.rest = parser.parse_known_args(arguments)
+    if args.rest and args.command not in PASS_ON:
+        parser.error(f"unknown: {' '.join(args.rest)}")
     return args
 
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from ..toolkit.cache import cache_folder
 from ..toolkit.embedded import embedded_folders
 from .combustion import ArkSageCombustion
+from .doctor import ArkDoctor
 from .encode import ArkTextEncode
 from .load import ArkFastLoader
 from .prepare import prepare_in_background
@@ -48,4 +49,5 @@ class ArkExtension(ComfyExtension):
             ArkScheduler,
             ArkSampler4Step,
             ArkReport,
+            ArkDoctor,
         ]

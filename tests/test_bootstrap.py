@@ -138,7 +138,7 @@ def test_a_bad_size_is_refused(text, capsys):
 
 def test_pytest_arguments_pass_through():
     args = bootstrap.parse(["test", "-k", "golden", "--venv", "v", "-x", "tests/host"])
-    assert args.pytest_args == ["-k", "golden", "-x", "tests/host"]
+    assert args.rest == ["-k", "golden", "-x", "tests/host"]
     assert args.venv == "v"
 
 

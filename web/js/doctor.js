@@ -20,7 +20,7 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass !== "ArkDoctor") return;
     let report = "";
-    const button = node.addWidget("button", "copy_report", null, async () => {
+    const press = async () => {
       const said = report ? "Copied" : "Queue it first";
       button.label = await (report ? copy(report) : Promise.resolve()).then(() => said, (error) => error.message);
       node.setDirtyCanvas(true, true);
@@ -28,9 +28,10 @@ app.registerExtension({
         button.label = "Copy report";
         node.setDirtyCanvas(true, true);
       }, 1500);
-    });
+    };
+    const button = node.addWidget("button", "copy_report", null, press, { serialize: false }); // no input of the node
+    button.serialize = false; // and nothing to save
     button.label = "Copy report";
-    button.serialize = false; // no value of the graph
     const executed = node.onExecuted;
     node.onExecuted = function (output) {
       executed?.apply(this, arguments);

@@ -53,7 +53,7 @@ TORCH = [
     "setuptools==84.2.1",
     "requests==2.34.2",
 ]
-TEST = ["pytest==9.2.0", "hypothesis", "ruff==0.17.6", "diffusers", "transformers"]
+TEST = ["pytest==9.2.0", "hypothesis", "ruff==0.17.6", "mypy==2.4.1", "diffusers", "transformers"]
 TEST += ["triton==3.6.0; sys_platform == 'linux'"]  # its interpreter needs no GPU
 # Applied as constraints: a host's requirements name the packages, these lines the versions.
 PINS = """

@@ -91,5 +91,6 @@ def attention_override(name: str) -> Callable:
             return out.unflatten(2, (heads, -1)).transpose(1, 2)
         return out
 
-    override.kernel = name
-    return override
+    named: Any = override
+    named.kernel = name
+    return named

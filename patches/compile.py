@@ -79,8 +79,9 @@ def set_compile(model: Any, mode: str) -> tuple[Any, str, Compiler | None]:
             module._modules.update(real)
             chosen.keep()
 
-    compiled.compiler = chosen  # for who reports
-    clone.add_wrapper_with_key(APPLY_MODEL, KEY, compiled)
+    wrapper: Any = compiled
+    wrapper.compiler = chosen  # for who reports
+    clone.add_wrapper_with_key(APPLY_MODEL, KEY, wrapper)
     report = f"compile: {mode}, block by block, kept in {chosen.cache}."
     if dynamic:
         report += " Without dynamic VRAM: the model is loaded whole."

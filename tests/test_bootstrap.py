@@ -178,7 +178,7 @@ def test_pyproject_and_bootstrap_pin_the_same_versions():
     pins = {*bootstrap.TEST, *bootstrap.PINS_NEWER_PYTHON, *bootstrap.PINS_PYTHON_310}
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for pin in re.findall(
-        r'"((?:pytest|ruff|hypothesis|diffusers|transformers|triton)==[^";]+)', text
+        r'"((?:pytest|ruff|mypy|hypothesis|diffusers|transformers|triton)==[^";]+)', text
     ):
         assert pin in {known.split(";")[0] for known in pins}
     assert f'required-version = "=={bootstrap.TEST[2].split("==")[1]}"' in text

@@ -5,6 +5,7 @@ Importing this needs nothing but Python; what needs torch imports it where it is
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -99,10 +100,9 @@ def run_checks(subject: Subject) -> tuple[list[Finding], list[Any]]:
         check("gpu", lambda: check_gpus(torch, driver))
     gpu = usable and bool(torch.facts["gpus"])
     for name in installed:
-        check(name, lambda name=name: check_package(name, probed[name], usable))
-    check(
-        "packages", lambda: check_absent([name for name in PACKAGES if name not in installed], gpu)
-    )
+        check(name, functools.partial(check_package, name, probed[name], usable))
+    absent = [name for name in PACKAGES if name not in installed]
+    check("packages", lambda: check_absent(absent, gpu))
     check("disk", lambda: check_disk(subject))
     check("cache", check_cache)
     if not usable:

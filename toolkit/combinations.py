@@ -27,8 +27,8 @@ def usual_device() -> torch.device:
 
 def make_plan(subject: Subject, probed: Mapping[str, Probed], device: torch.device) -> list[Choice]:
     """What Ark would do; see `plan`."""
-    triton = probed.get("triton")
-    return plan(device, find_model(subject.models), triton and triton.problem, subject.measure)
+    broken = probed["triton"].problem if "triton" in probed else None
+    return plan(device, find_model(subject.models), broken, subject.measure)
 
 
 def check_pinning() -> Iterator[Finding]:

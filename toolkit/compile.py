@@ -61,7 +61,7 @@ class Compiler:
         self._compiled: dict[Callable, Callable] = {}
         self._ready: list[traces.Ready] = []
         self._made: list[traces.Trace] = []
-        self._reading: Future | None = _queue.submit(self._read) if self.cache else None
+        self._reading: Future | None = _queue.submit(self._read, self.cache) if self.cache else None
 
     def __call__(self, function: Callable, prepare: Callable[..., None] | None = None) -> Callable:
         """The compiled function; the same one for the same function.
@@ -83,7 +83,7 @@ class Compiler:
         self.wait()
         start, found = time.perf_counter(), _hits(counters)
         options = {} if self.mode == "default" else list_mode_options(self.mode)
-        compiled = compile_fx(graph, inputs, config_patches=options)
+        compiled: Any = compile_fx(graph, inputs, config_patches=options)
         self.graphs += 1
         self._fresh |= _hits(counters) == found
         self.seconds += time.perf_counter() - start
@@ -128,24 +128,24 @@ class Compiler:
         except OSError as error:
             log.warning("Ark: what was compiled is not kept (%s).", error)
 
-    def _read(self) -> None:
+    def _read(self, cache: Path) -> None:
         """In the background: read torch's cache and the traces; without any, import torch's compiler."""
         try:
             self.keeps_traces = self.mode != "reduce-overhead" and traces.available()
-            files = sorted(self.cache.glob("*.bin"))
+            files = sorted(cache.glob("*.bin"))
             self._fresh = not files
             for file in files:
                 if file not in _loaded:
                     _loaded.add(file)
                     if torch.compiler.load_cache_artifacts(file.read_bytes()) is None:
                         log.warning("Ark: %s is damaged and not used.", file)
-            for file in sorted(self.cache.glob("*.trace")) if self.keeps_traces else ():
+            for file in sorted(cache.glob("*.trace")) if self.keeps_traces else ():
                 self._read_trace(file)
             if not self._ready:  # else most likely nothing is compiled, and this takes seconds
                 importlib.import_module("torch._inductor.compile_fx")
         except Exception as error:  # torch's own way remains
             if threading.main_thread().is_alive():  # else the process ends before anyone compiled
-                log.warning("Ark compile: %s is not used (%s: %s).", self.cache, type(error).__name__, error)  # fmt: skip
+                log.warning("Ark compile: %s is not used (%s: %s).", cache, type(error).__name__, error)  # fmt: skip
 
     def _read_trace(self, file: Path) -> None:
         try:
@@ -201,7 +201,9 @@ class Compiled:
             self._traced = self._traced or torch.compile(self._function, backend=self._compiler.backend)  # fmt: skip
             return self._traced(*args, **kwargs)
         if self._traced is None:
-            options = {"guard_filter_fn": lambda guards: self._draft.guarded(guards)}
+            options: dict[str, Any] = {
+                "guard_filter_fn": lambda guards: self._draft.guarded(guards)
+            }
             self._traced = torch.compile(self._function, backend=self._backend, options=options)
         graphs, state = self._compiler.graphs, traces.state()
         self._draft = draft = traces.Draft()

@@ -81,7 +81,10 @@ class Weights:
 
     def addresses(self) -> tuple[int, ...]:
         """Where everything lies: the same while nothing was replaced."""
-        blocks = [*(stream for streams in self.double for stream in streams), *self.single]
+        blocks: list[Any] = [
+            *(stream for streams in self.double for stream in streams),
+            *self.single,
+        ]
         parts = [getattr(block, field.name) for block in blocks for field in fields(block)]
         parts += [self.img_in, self.txt_in, *self.time_in, self.txt_mod, self.img_mod]
         parts += [self.single_mod, self.final_mod, self.final]
@@ -186,11 +189,13 @@ class _Step:
 
     def single(self, h: Activations, block: SingleBlock) -> torch.Tensor:
         """A single block: `h` is the residual, modulated for it; returns what is to be added, [count, C]."""
-        z = block.linear_in(h)
+        linear_in: Any = block.linear_in
+        z = linear_in(h)
         width = 3 * block.linear_out.features
         norms = (weight.expand(2, -1) for weight in (block.q_norm, block.k_norm))
         attention = self._attend(z[:, :width], norms)
-        return block.linear_out(self.ops.swiglu(z[:, width:], self.rows, attention, block.linear_out.quantises))  # fmt: skip
+        linear_out: Any = block.linear_out  # takes what it `quantises` to
+        return linear_out(self.ops.swiglu(z[:, width:], self.rows, attention, block.linear_out.quantises))  # fmt: skip
 
     def _attend(self, qkv: torch.Tensor, norms: Iterable[torch.Tensor]) -> torch.Tensor:
         """[count, 3 * C] to [B, seq_len, C]."""

@@ -194,7 +194,7 @@ class Look:
 class Draft:
     """Collects a trace while torch compiles a call for the first time."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._open = True
         self._graphs: list[tuple[list[str], Callable]] = []
         self._guards: list[Any] = []
@@ -236,8 +236,8 @@ class Draft:
         if not all(inputs) or getattr(run, "serialize", None) is None:
             raise Unkept("torch cannot write this graph")
         several = result if isinstance(result, tuple) else (result,)
-        numbers = [next((i for i, o in enumerate(outputs) if o is r), None) for r in several]
-        if None in numbers:
+        numbers = [i for r in several for i in [i for i, o in enumerate(outputs) if o is r][:1]]
+        if len(numbers) < len(several):
             raise Unkept("it returns more than the graph does")
         tensors, facts, conditions = self._sort(function, call)
         files = {path: file_digest(path) for path in sorted(self._files) if not path.startswith((TORCH, "<"))}  # fmt: skip
@@ -263,7 +263,10 @@ class Draft:
     def _sort(self, function: Callable, call: dict[str, Any]) -> tuple[dict, dict, list[str]]:
         """Tensors, facts and conditions from the guards."""
         scope = {"G": Globals(function.__globals__), "torch": torch}
-        tensors, facts, conditions, nested = {}, {}, {}, []
+        tensors: dict[str, tuple] = {}
+        facts: dict[str, Any] = {}
+        conditions: dict[str, None] = {}
+        nested: list[str] = []
         for guard in self._guards:
             own = guard.orig_guard
             if guard.guard_type in EXACT:
@@ -332,7 +335,7 @@ def fact(value: Any) -> tuple:
     Returns:
         First its kind: "value", "empty" (a container), "code" (what lives as long as its module), or "other".
     """
-    kind = type(value)
+    kind: Any = type(value)
     if kind in PLAIN:
         return "value", value, kind.__name__
     if isinstance(value, (dict, list, tuple)):
@@ -348,7 +351,7 @@ def fact(value: Any) -> tuple:
     if kind is types.MethodType:  # made anew at each look
         return "other", *fact(value.__func__)
     if isinstance(value, CODE):
-        if kind is types.FunctionType:
+        if isinstance(value, types.FunctionType):
             return "code", *_place(value)
         return "code", _class_fact(value) if isinstance(value, type) else _class_fact(kind), value.__name__  # fmt: skip
     name = value.name if isinstance(value, enum.Enum) else getattr(value, "__name__", None)
@@ -379,7 +382,7 @@ def _place(function: types.FunctionType) -> tuple:
 
 
 @functools.lru_cache
-def _class_fact(kind: type) -> str:
+def _class_fact(kind: Any) -> str:
     """A class and where its methods were written, so that one that was replaced is seen."""
     methods = [
         (name, _place(value))
@@ -393,7 +396,7 @@ def _class_fact(kind: type) -> str:
 
 
 @functools.lru_cache
-def _attributes(kind: type) -> frozenset[str]:
+def _attributes(kind: Any) -> frozenset[str]:
     """What an instance may hide of its class."""
     return frozenset(dir(kind))
 

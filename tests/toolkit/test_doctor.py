@@ -99,7 +99,9 @@ def test_a_triton_that_cannot_be_imported(examine):
 @posix
 def test_a_triton_that_cannot_compile(examine, tmp_path, monkeypatch):
     (tmp_path / "cache").mkdir()
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # an earlier kernel must not serve
+    monkeypatch.setenv(
+        "TRITON_CACHE_DIR", str(tmp_path / "cache")
+    )  # an earlier kernel must not serve
     monkeypatch.setenv("CC", "/bin/false")
     found = examine("--quick")
     assert found["triton"]["state"] == "bad" and "/bin/false" in found["triton"]["text"]

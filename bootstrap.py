@@ -1,8 +1,9 @@
-"""Makes Ark's environment and runs the demo or the tests, with nothing but Python's standard library.
+"""Makes Ark's environment and runs the demo, the tests and what looks at the machine, with nothing but Python's standard library.
 
     python bootstrap.py demo [--prompt TEXT] [--seed N] [--size WxH] [--out FILE] [--comfyui DIR]
     python bootstrap.py test [pytest args]
     python bootstrap.py doctor [--json] [--quick] [--comfyui DIR] [--models DIR] [--python EXE]
+    python bootstrap.py bench [--quick] [--out FILE] [--comfyui DIR] [--python EXE]
     python bootstrap.py env
 
 One file on purpose: it must run before anything is installed. From top to bottom: errors and processes, the
@@ -18,6 +19,7 @@ import base64
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -1021,10 +1023,7 @@ def demo(args: argparse.Namespace) -> int:
             f"{out} cannot be written.", "Name a file in a folder that exists with --out."
         )
     comfyui = find_comfyui(args.comfyui)
-    environment = Environment(Path(args.venv))
-    environment.create()
-    comfyui = comfyui or environment.registry_host()
-    environment.add_host(comfyui)
+    environment, comfyui = prepare_host(args, comfyui)
     folders = {"diffusion_models": "diffusion_model", "text_encoders": "text_encoder", "vae": "vae"}
     model_folders = {
         folder: [files[name].parent] for folder, name in folders.items() if name in files
@@ -1058,6 +1057,15 @@ def demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def prepare_host(args: argparse.Namespace, comfyui: Path | None) -> tuple[Environment, Path]:
+    """Make the environment for a ComfyUI, the registry's if none is given."""
+    environment = Environment(Path(args.venv))
+    environment.create()
+    comfyui = comfyui or environment.registry_host()
+    environment.add_host(comfyui)
+    return environment, comfyui
+
+
 def test(args: argparse.Namespace) -> int:
     """Run pytest with everything that the tests need; host tests run on each ComfyUI in ARK_HOSTS."""
     named = find_comfyui(args.comfyui)
@@ -1087,13 +1095,15 @@ LAUNCH = ROOT / "toolkit" / "launch.py"  # runs a module of the pack where it ne
 
 
 def interpreter(comfyui: Path | None, venv: Path) -> Path:
-    """The Python that ComfyUI runs in: of its own folder, of the portable build, else Ark's environment, else this one."""
-    around = (comfyui, comfyui.parent) if comfyui else ()
+    """The Python that ComfyUI runs in: of its own folder, of the portable build, or this one; without torch, Ark's own."""
+    around = (comfyui, comfyui.parent) if comfyui and comfyui.parent != venv else ()
     places = [python_of(folder / name) for folder in around for name in (".venv", "venv")]
     places += [folder / "python_embeded" / "python.exe" for folder in around]
-    if not comfyui or comfyui.parent == venv:
-        places.append(python_of(venv))
-    return next((place for place in places if place.exists()), Path(sys.executable))
+    if comfyui and importlib.util.find_spec("torch"):
+        places.append(Path(sys.executable))
+    return next(
+        (place for place in (*places, python_of(venv)) if place.exists()), Path(sys.executable)
+    )
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -1102,6 +1112,18 @@ def doctor(args: argparse.Namespace) -> int:
     python = args.python or interpreter(comfyui, venv)
     named = ["--comfyui", comfyui] if comfyui else []
     return run([python, LAUNCH, "ark.toolkit.doctor", *named, *args.rest])
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Measure load, attention and steps on this machine's card, and write a result that others can compare."""
+    comfyui, venv = find_comfyui(args.comfyui), Path(args.venv).absolute()
+    python, variables = Path(args.python or interpreter(comfyui, venv)), dict(os.environ)
+    bare = python == Path(sys.executable) and not importlib.util.find_spec("torch")
+    if comfyui is None or bare or python == python_of(venv):  # else it has all that ComfyUI wants
+        environment, comfyui = prepare_host(args, comfyui)
+        overlay = host_overlay(environment.venv, host_requirements(comfyui)[1])
+        python, variables = environment.python, clean_environment(PYTHONPATH=str(overlay))
+    return run([python, LAUNCH, "ark.benchmarks.bench", "--comfyui", comfyui, *args.rest], env=variables)  # fmt: skip
 
 
 def prepare_for_tests(args: argparse.Namespace, named: Path | None) -> Environment:
@@ -1123,6 +1145,7 @@ def env(args: argparse.Namespace) -> int:
 # what these commands do not know goes to what they run
 PASS_ON = {
     "test": "all other arguments are pytest's",
+    "bench": "also: --quick, --out FILE, --diffusion-model FILE, --folder DIR, --against JSON, --tiny",
     "doctor": "also: --json (for programs), --quick (read and time nothing), --models DIR (model files to look at)",
 }
 
@@ -1133,7 +1156,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         prog="bootstrap.py", description="Run Ark on this machine, with nothing but Python."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for function in (demo, test, env, doctor):
+    for function in (demo, test, env, doctor, bench):
         command = commands.add_parser(
             function.__name__,
             help=function.__doc__.splitlines()[0],
@@ -1164,9 +1187,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         image.add_argument(
             name, metavar="FILE", help="a real Klein file instead of the embedded model's"
         )
-    commands.choices["doctor"].add_argument(
-        "--python", help="the interpreter to look at (default: ComfyUI's own)"
-    )
+    for name in ("doctor", "bench"):
+        commands.choices[name].add_argument(
+            "--python", help="the interpreter to use (default: ComfyUI's own)"
+        )
     args, args.rest = parser.parse_known_args(arguments)
     if args.rest and args.command not in PASS_ON:
         parser.error(f"unknown: {' '.join(args.rest)}")

@@ -7,6 +7,7 @@ there. All of that is looked at again before each use, so a trace serves the cal
 
 from __future__ import annotations
 
+import ast
 import builtins
 import enum
 import functools
@@ -32,6 +33,16 @@ EXACT = (
     "DUPLICATE_INPUT",
 )  # guards whose own words count
 TORCH = str(Path(torch.__file__).parent)
+# What torch's guards and their conditions are written in.
+EXPRESSIONS = (
+    *(ast.Name, ast.Constant, ast.Attribute, ast.Subscript, ast.Slice, ast.Tuple, ast.List, ast.Dict, ast.Set),
+    *(ast.Call, ast.keyword, ast.IfExp, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Compare),
+    *(ast.expr_context, ast.boolop, ast.operator, ast.unaryop, ast.cmpop),
+)  # fmt: skip
+BUILTINS = {
+    kind.__name__: kind
+    for kind in (abs, bool, bytes, dict, float, frozenset, getattr, hasattr, id, int, isinstance, len, list, max, min, range, set, str, sum, tuple, type)
+}  # fmt: skip
 
 
 class Unkept(Exception):
@@ -151,7 +162,7 @@ class Look:
             _tuple_of(places, scope)
             for places in (trace.inputs, trace.tensors, trace.facts, trace.conditions, *(kinds[k] for k in ("value", "code", "other")))
         )  # fmt: skip
-        self._filled = eval(f"lambda L: {' or '.join(kinds['empty']) or None}", dict(scope))
+        self._filled = _function(" or ".join(kinds["empty"]) or "None", scope)
         self._state = _state_guard()
         self._state.__setstate__(trace.state)
         self._free = [free for free, _ in trace.tensors.values()]
@@ -402,7 +413,22 @@ def _attributes(kind: Any) -> frozenset[str]:
 
 
 def _tuple_of(places: Any, scope: dict[str, Any]) -> Callable[[dict], tuple]:
-    return eval(f"lambda L: ({''.join(f'{place},' for place in places)})", dict(scope))
+    return _function(f"({''.join(f'{place},' for place in places)})", scope)
+
+
+def _function(expression: str, scope: dict[str, Any]) -> Callable[[dict], Any]:
+    """A function of a call's arguments `L`; the expression looks at things and compares them, and can do nothing else.
+
+    Raises:
+        Unkept: it could.
+    """
+    tree: Any = ast.parse(f"lambda L: {expression}", mode="eval")
+    for node in ast.walk(tree.body.body):
+        if not isinstance(node, EXPRESSIONS):
+            raise Unkept(f"guards with a {type(node).__name__}")
+    code = compile(tree, "<guards>", "eval").co_consts
+    (function,) = (constant for constant in code if isinstance(constant, types.CodeType))
+    return types.FunctionType(function, {**scope, "__builtins__": BUILTINS})
 
 
 def _first_difference(places: Any, expected: list, found: list) -> str:

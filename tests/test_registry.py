@@ -140,3 +140,17 @@ def test_the_changelog_has_the_version_or_says_what_is_to_come():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     first = re.search(r"^## \[(.+?)\]", text, re.MULTILINE)[1]
     assert first in ("Unreleased", version)
+
+
+def test_a_wheel_holds_the_same_and_says_that_it_is_typed(published, tmp_path):
+    source = shutil.copytree(published, tmp_path / "source")  # building leaves things behind
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]  # fmt: skip
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = set(wheel.namelist())
+    wanted = {"ark/py.typed", "ark/nodes/load.py", "ark/web/docs/ArkFastLoader.md", "ark/workflows/ark_text_to_image.json"}  # fmt: skip
+    wanted |= {f"ark/{path.relative_to(published)}" for path in published.rglob("*.safetensors")}
+    wanted |= {f"ark/{path.relative_to(published)}" for path in (published / "toolkit").rglob("*.py")}  # fmt: skip
+    assert wanted <= names
+    assert not [name for name in names if "tests/" in name or "benchmarks/" in name]

@@ -49,7 +49,7 @@ def main() -> int:
     from ark.benchmarks.klein import import_host
     from ark.benchmarks.models import model_folder, transformer_shapes, write_random
     from ark.benchmarks.record import write_record
-    from ark.toolkit.checks import ask_driver
+    from ark.toolkit.driver import ask_driver
     from ark.toolkit.embedded import ASSETS
     from ark.toolkit.hardware import probe_hardware
 

@@ -9,8 +9,8 @@ import comfyui_version
 import folder_paths
 from comfy_api.latest import io
 
-from ..toolkit.checks import Subject
 from ..toolkit.doctor import examine
+from ..toolkit.finding import Subject
 
 FOLDERS = ("diffusion_models", "checkpoints", "text_encoders")
 

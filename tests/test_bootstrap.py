@@ -136,6 +136,29 @@ def test_a_bad_size_is_refused(text, capsys):
     assert "multiples of 16" in capsys.readouterr().err
 
 
+def test_the_interpreter_is_comfyuis_own(tmp_path, monkeypatch):
+    comfyui, venv = tmp_path / "portable" / "ComfyUI", tmp_path / "ark"
+    comfyui.mkdir(parents=True)
+    here = Path(sys.executable)
+    monkeypatch.setattr(bootstrap.importlib.util, "find_spec", lambda name: None)
+    assert bootstrap.interpreter(comfyui, venv) == bootstrap.interpreter(None, venv) == here
+
+    def make(path: Path) -> Path:
+        path.parent.mkdir(parents=True)
+        path.touch()
+        return path
+
+    own = make(bootstrap.python_of(venv))
+    assert bootstrap.interpreter(comfyui, venv) == bootstrap.interpreter(None, venv) == own
+    monkeypatch.setattr(bootstrap.importlib.util, "find_spec", lambda name: "torch is here")
+    assert bootstrap.interpreter(comfyui, venv) == here
+    assert bootstrap.interpreter(None, venv) == own
+    portable = make(comfyui.parent / "python_embeded" / "python.exe")
+    assert bootstrap.interpreter(comfyui, venv) == portable
+    theirs = make(bootstrap.python_of(comfyui / "venv"))
+    assert bootstrap.interpreter(comfyui, venv) == theirs
+
+
 def test_pytest_arguments_pass_through():
     args = bootstrap.parse(["test", "-k", "golden", "--venv", "v", "-x", "tests/host"])
     assert args.rest == ["-k", "golden", "-x", "tests/host"]

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from .cache import cache_folder
 from .disk import find_model, read_speed
+from .driver import Driver, ask_driver
+from .finding import BAD, NOTE, OK, Finding, Subject, numbers
 from .packages import PACKAGES, package_version
 from .probe import Probed, probe
 
-OK, NOTE, BAD = "ok", "note", "bad"
 PYTHONS = (3, 10), (3, 13)  # the first and the last that Ark was tested with
 HOST_SINCE = (0, 3, 75)  # has V3 nodes
 TORCH_SINCE = (2, 4)  # has torch.library.custom_op
@@ -32,40 +29,6 @@ INSTALL = {
     "sageattention": "pip install sageattention==1.0.6",
     "comfy_kitchen": "pip install comfy-kitchen",
 }  # of the optional packages, those that a registry has
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report.
-
-    Attributes:
-        name: what was looked at.
-        state: OK; NOTE for what costs speed or is only worth knowing; BAD for what does not work.
-        text: what was found.
-        remedy: what to do about it, if anything.
-    """
-
-    name: str
-    state: str
-    text: str
-    remedy: str = ""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What to look at.
-
-    Attributes:
-        models: folders of model files.
-        host: ComfyUI's version, None where none is known.
-        device: that models run on, None for the doctor's own choice.
-        measure: also read from the disk, and time what was not timed on this machine yet.
-    """
-
-    models: tuple[Path, ...] = ()
-    host: str | None = None
-    device: Any = None
-    measure: bool = True
 
 
 Findings = Iterable[Finding]
@@ -129,12 +92,6 @@ def _installed(package: str) -> bool:
         return True
 
 
-def numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, for comparing: "2.11.0+cu130" is (2, 11, 0)."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, found[0].split("."))) if found else ()
-
-
 def check_python() -> Findings:
     """Whether Ark was tested with it."""
     text = f"{sys.version.split()[0]}, {sys.executable}"
@@ -153,48 +110,6 @@ def check_host(version: str | None) -> Findings:
         yield Finding("ComfyUI", BAD, f"{version} has no V3 nodes", "Update ComfyUI to 0.3.75 or later.")  # fmt: skip
     else:
         yield Finding("ComfyUI", OK, version)
-
-
-@dataclass(frozen=True)
-class Driver:
-    """What NVIDIA's driver says.
-
-    Attributes:
-        problem: why it says nothing.
-        broken: whether it should say something.
-        version: its own.
-        cuda: the newest CUDA that it runs, (0,) where it does not say.
-        cards: their names.
-    """
-
-    problem: str | None = None
-    broken: bool = False
-    version: str = ""
-    cuda: tuple[int, ...] = (0,)
-    cards: tuple[str, ...] = ()
-
-
-def ask_driver() -> Driver:
-    """Call nvidia-smi."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return Driver("nvidia-smi is not there: no NVIDIA driver is installed")
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([command, *arguments], capture_output=True, text=True, timeout=20)
-
-    try:
-        done = run("--query-gpu=driver_version,name", "--format=csv,noheader")
-        said = (done.stdout + done.stderr).strip() or f"code {done.returncode}"
-        if done.returncode:
-            none = "no devices" in said.lower()
-            return Driver(f"nvidia-smi: {said.splitlines()[0]}", broken=not none)
-        cards = [line.partition(", ") for line in said.splitlines()]
-        cuda = re.search(r"CUDA Version: *([\d.]+)", run().stdout)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Driver(f"nvidia-smi failed ({error})", broken=True)
-    known = numbers(cuda[1]) if cuda else (0,)
-    return Driver(None, False, cards[0][0], known, tuple(name for _, _, name in cards))
 
 
 def check_driver(driver: Driver) -> Findings:
@@ -230,7 +145,11 @@ def check_gpus(torch: Probed, driver: Driver) -> Findings:
     for gpu in torch.facts["gpus"]:
         capability = ".".join(map(str, gpu["capability"]))
         memory = f"{gpu['free'] / 1e9:.1f} of {gpu['total'] / 1e9:.1f} GB free"
-        yield Finding("gpu", OK, f"{gpu['name']}, compute capability {capability}, {memory}")
+        text = f"{gpu['name']}, compute capability {capability}, {memory}"
+        if problem := gpu.get("problem"):
+            yield Finding("gpu", BAD, f"{text}; nothing runs on it: {problem}", "Close what uses it; if its architecture is meant, install a torch that was built for it.")  # fmt: skip
+        else:
+            yield Finding("gpu", OK, text)
     if torch.facts["gpus"]:
         return
     if not driver.cards:

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from .checks import BAD, NOTE, OK, Finding, Subject, numbers
 from .compile import MODES, unsuited
 from .disk import find_model
+from .finding import BAD, NOTE, OK, Finding, Subject, numbers
 from .fused.graph import Graphs
 from .hardware import Hardware, probe_hardware
 from .kernels import KERNELS

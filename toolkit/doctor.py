@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .checks import BAD, Finding, Subject, run_checks
+from .checks import run_checks
+from .finding import BAD, Finding, Subject
 
 WIDTH = 118  # characters of a line
 

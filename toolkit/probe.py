@@ -17,7 +17,7 @@ from typing import Any
 
 from .packages import package_version
 
-SECONDS = 120.0  # for all of them: torch's import and a compilation may take long on a cold disk
+SECONDS = 180.0  # for all of them: torch's import and a compilation may take long on a cold disk
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,12 @@ def _torch_facts(torch: Any) -> dict[str, Any]:
         for number in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(number)
             capability = torch.cuda.get_device_capability(number)
-            facts["gpus"].append({"name": torch.cuda.get_device_name(number), "capability": capability, "free": free, "total": total})  # fmt: skip
-            torch.zeros(1, device=f"cuda:{number}").add_(
-                1
-            ).item()  # kernels for this card are there
+            gpu: dict[str, Any] = {"name": torch.cuda.get_device_name(number), "capability": capability, "free": free, "total": total}  # fmt: skip
+            try:
+                torch.zeros(1, device=f"cuda:{number}").add_(1).item()
+            except RuntimeError as error:  # no kernels for this card, or no memory
+                gpu["problem"] = str(error).strip().splitlines()[0]
+            facts["gpus"].append(gpu)
     return facts
 
 

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from ark.bootstrap import ROOT
+from ark.toolkit.checks import check_gpus
 from ark.toolkit.combinations import _combinations
 from ark.toolkit.disk import find_model, read_speed
+from ark.toolkit.driver import Driver
 from ark.toolkit.hardware import Hardware
 from ark.toolkit.plan import plan
-from ark.toolkit.probe import probe
+from ark.toolkit.probe import Probed, probe
 
 CPU = torch.device("cpu")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -203,6 +205,14 @@ def test_the_file_to_look_at_is_kleins(tmp_path):
     assert find_model([tmp_path]).name == "Klein.safetensors"
     assert find_model([tmp_path / "a", tmp_path / "missing"]).name == "other.safetensors"
     assert find_model([tmp_path / "missing"]) is None
+
+
+def test_a_card_on_which_nothing_runs():
+    card = {"name": "RTX 5090", "capability": [12, 0], "free": 1e9, "total": 32e9}
+    facts = {"cuda": "12.4", "gpus": [card, {**card, "problem": "no kernel image is available"}]}
+    good, bad = check_gpus(Probed(None, facts), Driver())
+    assert (good.state, bad.state) == ("ok", "bad")
+    assert "RTX 5090, compute capability 12.0" in good.text and "no kernel image" in bad.text
 
 
 def test_reading_is_bounded(tmp_path):

@@ -28,7 +28,7 @@ TINY = {"size": 128, "heads": 2, "tokens": 64}
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bootstrap.py bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--comfyui", type=Path, required=True, help="its folder")
-    parser.add_argument("--quick", action="store_true", help="fewer turns, no fp8, nothing cold: about a minute")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="fewer turns, no fp8, nothing cold")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("ark-bench.json"), help="default: ark-bench.json")  # fmt: skip
     parser.add_argument("--diffusion-model", type=Path, metavar="FILE", help="default: ComfyUI's Klein, else random weights")  # fmt: skip
     parser.add_argument("--folder", type=Path, help="where random weights are made and kept (default: temporary)")  # fmt: skip

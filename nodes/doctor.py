@@ -51,5 +51,5 @@ class ArkDoctor(io.ComfyNode):
         known = [Path(place) for name in FOLDERS for place in folder_paths.get_folder_paths(name)]
         folders = tuple(dict.fromkeys(place for place in known if place.is_dir()))
         device = comfy.model_management.get_torch_device()
-        report = str(examine(Subject(folders, comfyui_version.__version__, device, measure)))
-        return io.NodeOutput(report, ui={"text": [report]})
+        report = examine(Subject(folders, comfyui_version.__version__, device, measure))
+        return io.NodeOutput(str(report), ui={"text": [str(report)]})

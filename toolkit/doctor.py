@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .checks import run_checks
-from .finding import BAD, Finding, Subject
+from .finding import BAD, NOTE, OK, Finding, Subject
 
 WIDTH = 118  # characters of a line
 
@@ -50,6 +50,16 @@ class Report:
             "findings": [asdict(finding) for finding in self.findings],
             "plan": [asdict(choice) for choice in self.plan],
         }
+
+    @property
+    def lines(self) -> list[str]:
+        """In short, for a small place: what does not work, what Ark would do, then the rest."""
+
+        def said(state: str) -> list[str]:
+            found = [finding for finding in self.findings if finding.state == state]
+            return [f"{state.upper()} {f.name}: {f.text.splitlines()[0]}" for f in found]
+
+        return said(BAD) + [f"{c.what}: {c.choice}" for c in self.plan] + said(NOTE) + said(OK)
 
     def __str__(self) -> str:
         lines = [

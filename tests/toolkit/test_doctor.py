@@ -16,9 +16,11 @@ from ark.bootstrap import ROOT
 from ark.toolkit.checks import check_gpus
 from ark.toolkit.combinations import _combinations
 from ark.toolkit.disk import find_model, read_speed
+from ark.toolkit.doctor import Report
 from ark.toolkit.driver import Driver
+from ark.toolkit.finding import Finding
 from ark.toolkit.hardware import Hardware
-from ark.toolkit.plan import plan
+from ark.toolkit.plan import Choice, plan
 from ark.toolkit.probe import Probed, probe
 
 CPU = torch.device("cpu")
@@ -213,6 +215,13 @@ def test_a_card_on_which_nothing_runs():
     good, bad = check_gpus(Probed(None, facts), Driver())
     assert (good.state, bad.state) == ("ok", "bad")
     assert "RTX 5090, compute capability 12.0" in good.text and "no kernel image" in bad.text
+
+
+def test_in_short_the_bad_comes_first():
+    findings = tuple(Finding(state, state, f"{state}\nmore") for state in ("ok", "note", "bad"))
+    report = Report({}, findings, (Choice("engine", "fused", "why"),))
+    assert report.lines == ["BAD bad: bad", "engine: fused", "NOTE note: note", "OK ok: ok"]
+    assert not report.healthy and report.json()["plan"][0]["choice"] == "fused"
 
 
 def test_reading_is_bounded(tmp_path):

@@ -1109,9 +1109,13 @@ def interpreter(comfyui: Path | None, venv: Path) -> Path:
 def doctor(args: argparse.Namespace) -> int:
     """Say what this machine has, what of it is broken, and what Ark would do on it."""
     comfyui, venv = find_comfyui(args.comfyui), Path(args.venv).absolute()
-    python = args.python or interpreter(comfyui, venv)
+    python = Path(args.python or interpreter(comfyui, venv))
     named = ["--comfyui", comfyui] if comfyui else []
-    return run([python, LAUNCH, "ark.toolkit.doctor", *named, *args.rest])
+    places = [os.environ.get("PYTHONPATH")]
+    if comfyui and python == python_of(venv):  # there, its own packages lie apart
+        places.insert(0, str(host_overlay(venv, host_requirements(comfyui)[1])))
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    return run([python, LAUNCH, "ark.toolkit.doctor", *named, *args.rest], env=variables)
 
 
 def bench(args: argparse.Namespace) -> int:

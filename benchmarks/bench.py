@@ -21,7 +21,6 @@ from pathlib import Path
 
 SIZE = 1024  # px
 ROOM = 9 << 30  # bytes that random weights want on the disk
-KLEIN = 1 << 30  # bytes; a file that is smaller is no Klein of 4B or 9B
 TINY = {"size": 128, "heads": 2, "tokens": 64}
 
 
@@ -84,10 +83,10 @@ def ark_version() -> str:
 
 def own_file(comfyui: Path) -> Path | None:
     """The user's Klein, None if there is none."""
-    from ark.toolkit.disk import find_model
+    from ark.toolkit.disk import WHOLE, find_model
 
     path = find_model([comfyui / "models" / "diffusion_models"])
-    fits = path is not None and "klein" in path.name.lower() and path.stat().st_size > KLEIN
+    fits = path is not None and "klein" in path.name.lower() and path.stat().st_size >= WHOLE
     return path if fits else None
 
 

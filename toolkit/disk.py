@@ -18,6 +18,7 @@ THREADS = 16
 STEP = 8 << 20  # bytes of one read
 BOUND, SECONDS = 512 << 20, 3.0  # what a short look reads at most
 MANY = 20_000  # files that are looked at
+WHOLE = 1 << 30  # bytes; a Klein of 4B or 9B has more
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,11 @@ def read_speed(path: Path, nbytes: int = BOUND, seconds: float = SECONDS) -> Rea
 
 
 def find_model(folders: Iterable[Path]) -> Path | None:
-    """The file to look at: the largest safetensors file, one of Klein before others; None if there is none."""
+    """The file to look at: the largest safetensors file, a whole Klein before others; None if there is none."""
     files = itertools.islice((f for folder in folders for f in folder.rglob("*")), MANY)
     sizes = {f: f.stat().st_size for f in files if f.suffix == ".safetensors" and f.is_file()}
-    return max(sizes, key=lambda f: ("klein" in f.name.lower(), sizes[f]), default=None)
+
+    def worth(file: Path) -> tuple[bool, int]:
+        return "klein" in file.name.lower() and sizes[file] >= WHOLE, sizes[file]
+
+    return max(sizes, key=worth, default=None)

@@ -21,6 +21,7 @@ from .checks import run_checks
 from .finding import BAD, NOTE, OK, Finding, Subject
 
 WIDTH = 118  # characters of a line
+EMBEDDED = Path(__file__).resolve().parent.parent / "assets"  # has a small model
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bootstrap.py doctor", description="What this machine has, and what Ark would do on it.")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--comfyui", type=Path, help="a ComfyUI folder")
-    parser.add_argument("--models", type=Path, action="append", default=[], help="a folder of model files (default: ComfyUI's)")  # fmt: skip
+    parser.add_argument("--models", type=Path, action="append", default=[], help="a folder of model files, besides ComfyUI's")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="read nothing from the disk and time nothing")  # fmt: skip
     args = parser.parse_args(arguments)
-    folders = tuple(args.models or ([args.comfyui / "models"] if args.comfyui else []))
+    folders = (*args.models, *([args.comfyui / "models"] if args.comfyui else []), EMBEDDED)
     host = host_version(args.comfyui) if args.comfyui else None
     report = examine(Subject(folders, host, measure=not args.quick))
     print(json.dumps(report.json(), indent=1) if args.json else report)

@@ -94,7 +94,7 @@ def _installed(package: str) -> bool:
 
 def check_python() -> Findings:
     """Whether Ark was tested with it."""
-    text = f"{sys.version.split()[0]}, {sys.executable}"
+    text = f"{sys.version.split()[0]}\n{sys.executable}"
     first, last = (".".join(map(str, version)) for version in PYTHONS)
     if PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
         yield Finding("python", OK, text)

@@ -174,12 +174,14 @@ def check_package(name: str, probed: Probed, usable: bool) -> Findings:
         yield Finding(name, BAD, f"installed, but does not work: {probed.problem}", f"Install it anew, or remove it: pip uninstall {name.partition('.')[0]}")  # fmt: skip
         return
     version, ran = probed.facts["version"], probed.facts.get("ran")
-    if isinstance(ran, dict):  # its attention kernels
+    if isinstance(ran, dict) and ran:  # its attention kernels
         good = any(what == "runs" for what in ran.values())
         lines = [version, *(f"{kernel}: {what}" for kernel, what in ran.items())]
         yield Finding(name, OK if good else NOTE, "\n".join(lines))
     elif ran:
         yield Finding(name, OK, f"{version}, {ran}")
+    elif ran is not None:  # no kernel of its own
+        yield Finding(name, OK, f"{version}, can be imported")
     else:
         why = "there is no GPU to run it on" if usable else "torch, which it needs, cannot be used"
         yield Finding(name, OK, f"{version}, can be imported; {why}")

@@ -18,7 +18,7 @@ def test_the_report_of_a_server(server, comfyui):
     lines = {line.split()[1]: line for line in text.splitlines() if re.match("(OK|NOTE|BAD) ", line)}  # fmt: skip
     assert lines["ComfyUI"].split() == ["OK", "ComfyUI", host_version(comfyui)]
     assert lines["torch"].startswith("OK")
-    assert "ark_tiny_klein.safetensors" in lines["disk"] and "GB/s" in text
+    assert "ark_tiny" in lines["disk"] and "GB/s" in text
     plan = text[text.index("What Ark would do here") :]
     for what in ("loader", "attention", "engine", "precision", "compile"):
         assert re.search(rf"^{what} +\w", plan, re.MULTILINE), plan

@@ -1,7 +1,9 @@
-"""Makes Ark's environment and runs the demo or the tests, with nothing but Python's standard library.
+"""Makes Ark's environment and runs the demo, the tests and what looks at the machine, with nothing but Python's standard library.
 
     python bootstrap.py demo [--prompt TEXT] [--seed N] [--size WxH] [--out FILE] [--comfyui DIR]
     python bootstrap.py test [pytest args]
+    python bootstrap.py doctor [--json] [--quick] [--comfyui DIR] [--models DIR] [--python EXE]
+    python bootstrap.py bench [--quick] [--out FILE] [--comfyui DIR] [--python EXE]
     python bootstrap.py env
 
 One file on purpose: it must run before anything is installed. From top to bottom: errors and processes, the
@@ -17,6 +19,7 @@ import base64
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -52,7 +55,7 @@ TORCH = [
     "setuptools==84.2.1",
     "requests==2.34.2",
 ]
-TEST = ["pytest==9.2.0", "hypothesis", "ruff==0.17.6", "diffusers", "transformers"]
+TEST = ["pytest==9.2.0", "hypothesis", "ruff==0.17.6", "mypy==2.4.1", "diffusers", "transformers"]
 TEST += ["triton==3.6.0; sys_platform == 'linux'"]  # its interpreter needs no GPU
 # Applied as constraints: a host's requirements name the packages, these lines the versions.
 PINS = """
@@ -1031,10 +1034,7 @@ def demo(args: argparse.Namespace) -> int:
             f"{out} cannot be written.", "Name a file in a folder that exists with --out."
         )
     comfyui = find_comfyui(args.comfyui)
-    environment = Environment(Path(args.venv))
-    environment.create()
-    comfyui = comfyui or environment.registry_host()
-    environment.add_host(comfyui)
+    environment, comfyui = prepare_host(args, comfyui)
     folders = {"diffusion_models": "diffusion_model", "text_encoders": "text_encoder", "vae": "vae"}
     model_folders = {
         folder: [files[name].parent] for folder, name in folders.items() if name in files
@@ -1068,6 +1068,15 @@ def demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def prepare_host(args: argparse.Namespace, comfyui: Path | None) -> tuple[Environment, Path]:
+    """Make the environment for a ComfyUI, the registry's if none is given."""
+    environment = Environment(Path(args.venv))
+    environment.create()
+    comfyui = comfyui or environment.registry_host()
+    environment.add_host(comfyui)
+    return environment, comfyui
+
+
 def test(args: argparse.Namespace) -> int:
     """Run pytest with everything that the tests need; host tests run on each ComfyUI in ARK_HOSTS."""
     named = find_comfyui(args.comfyui)
@@ -1077,11 +1086,12 @@ def test(args: argparse.Namespace) -> int:
     variables = clean_environment(
         ARK_COMFYUI=str(registry), ARK_HOSTS=os.pathsep.join(hosts), HF_HUB_OFFLINE="1"
     )
-    child = subprocess.Popen(
-        [str(environment.python), "-m", "pytest", "--import-mode=importlib", *args.pytest_args],
-        cwd=ROOT,
-        env=variables,
-    )
+    return run([environment.python, "-m", "pytest", "--import-mode=importlib", *args.rest], cwd=ROOT, env=variables)  # fmt: skip
+
+
+def run(command: list, **options: object) -> int:
+    """Run a program in the terminal, where Ctrl-C reaches it too; returns its exit code."""
+    child = subprocess.Popen([str(part) for part in command], **options)
     _children.append(child)
     try:
         return child.wait()
@@ -1090,6 +1100,45 @@ def test(args: argparse.Namespace) -> int:
             child.terminate()
             child.wait()
         _children.remove(child)
+
+
+LAUNCH = ROOT / "toolkit" / "launch.py"  # runs a module of the pack where it need not be installed
+
+
+def interpreter(comfyui: Path | None, venv: Path) -> Path:
+    """The Python that ComfyUI runs in: of its own folder, of the portable build, or this one; without torch, Ark's own."""
+    around = (comfyui, comfyui.parent) if comfyui and comfyui.parent != venv else ()
+    places = [python_of(folder / name) for folder in around for name in (".venv", "venv")]
+    places += [folder / "python_embeded" / "python.exe" for folder in around]
+    if comfyui and importlib.util.find_spec("torch"):
+        places.append(Path(sys.executable))
+    return next(
+        (place for place in (*places, python_of(venv)) if place.exists()), Path(sys.executable)
+    )
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Say what this machine has, what of it is broken, and what Ark would do on it."""
+    comfyui, venv = find_comfyui(args.comfyui), Path(args.venv).absolute()
+    python = Path(args.python or interpreter(comfyui, venv))
+    named = ["--comfyui", comfyui] if comfyui else []
+    places = [os.environ.get("PYTHONPATH")]
+    if comfyui and python == python_of(venv):  # there, its own packages lie apart
+        places.insert(0, str(host_overlay(venv, host_requirements(comfyui)[1])))
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    return run([python, LAUNCH, "ark.toolkit.doctor", *named, *args.rest], env=variables)
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Measure load, attention and steps on this machine's card, and write a result that others can compare."""
+    comfyui, venv = find_comfyui(args.comfyui), Path(args.venv).absolute()
+    python, variables = Path(args.python or interpreter(comfyui, venv)), dict(os.environ)
+    bare = python == Path(sys.executable) and not importlib.util.find_spec("torch")
+    if comfyui is None or bare or python == python_of(venv):  # else it has all that ComfyUI wants
+        environment, comfyui = prepare_host(args, comfyui)
+        overlay = host_overlay(environment.venv, host_requirements(comfyui)[1])
+        python, variables = environment.python, clean_environment(PYTHONPATH=str(overlay))
+    return run([python, LAUNCH, "ark.benchmarks.bench", "--comfyui", comfyui, *args.rest], env=variables)  # fmt: skip
 
 
 def prepare_for_tests(args: argparse.Namespace, named: Path | None) -> Environment:
@@ -1108,15 +1157,26 @@ def env(args: argparse.Namespace) -> int:
     return 0
 
 
+# what these commands do not know goes to what they run
+PASS_ON = {
+    "test": "all other arguments are pytest's",
+    "bench": "also: --quick, --out FILE, --diffusion-model FILE, --folder DIR, --against JSON, --tiny",
+    "doctor": "also: --json (for programs), --quick (read and time nothing), --models DIR (model files to look at)",
+}
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Read the command line; what `test` does not know goes to pytest."""
+    """Read the command line; see PASS_ON for what is left in `args.rest`."""
     parser = argparse.ArgumentParser(
         prog="bootstrap.py", description="Run Ark on this machine, with nothing but Python."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for function in (demo, test, env):
+    for function in (demo, test, env, doctor, bench):
         command = commands.add_parser(
-            function.__name__, help=function.__doc__.splitlines()[0], allow_abbrev=False
+            function.__name__,
+            help=function.__doc__.splitlines()[0],
+            epilog=PASS_ON.get(function.__name__),
+            allow_abbrev=False,
         )
         command.set_defaults(function=function)
         command.add_argument(
@@ -1142,10 +1202,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         image.add_argument(
             name, metavar="FILE", help="a real Klein file instead of the embedded model's"
         )
-    args, rest = parser.parse_known_args(arguments)
-    if rest and args.command != "test":
-        parser.error(f"unknown: {' '.join(rest)}")
-    args.pytest_args = rest
+    for name in ("doctor", "bench"):
+        commands.choices[name].add_argument(
+            "--python", help="the interpreter to use (default: ComfyUI's own)"
+        )
+    args, args.rest = parser.parse_known_args(arguments)
+    if args.rest and args.command not in PASS_ON:
+        parser.error(f"unknown: {' '.join(args.rest)}")
     return args
 
 

@@ -13,6 +13,7 @@ import importlib.util
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 START, HERE = time.perf_counter(), Path(__file__).resolve().parent
 
@@ -50,7 +51,7 @@ def main(args, console) -> None:
 
 
 if __name__ == "__main__":  # this folder is the package `ark`, whatever it is called
-    spec = importlib.util.spec_from_file_location("ark", HERE / "__init__.py")
+    spec: Any = importlib.util.spec_from_file_location("ark", HERE / "__init__.py")
     sys.modules["ark"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["ark"])
     from ark.toolkit.command_line import run

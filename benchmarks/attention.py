@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ark.benchmarks.record import bar_chart, row, write_record
+from ark.toolkit.architecture import HEAD_DIM, USUAL_HEADS
 from ark.toolkit.combustion import Measurement, measure_kernels
 from ark.toolkit.hardware import Hardware, probe_hardware
 from ark.toolkit.kernels import KERNELS, AttentionKernel
@@ -42,6 +43,21 @@ def rounds(hardware: Hardware, device: torch.device, shape: tuple, dtype: torch.
     return best
 
 
+def measure(hardware: Hardware, device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype, count: int) -> dict:  # fmt: skip
+    """One shape of q, k and v: prints the table and gives the row, in which Ark is what "auto" takes."""
+    found = rounds(hardware, device, shape, dtype, count)
+    print(shape, dtype)
+    for measurement in sorted(found.values(), key=lambda m: m.ms or 1e9):
+        print(" ", measurement)
+    for name in KERNELS.keys() - found.keys():
+        print(f"  {name:16} {KERNELS[name].unavailable(hardware) or 'does not take this dtype'}")
+    good = {m.name: m.ms for m in found.values() if m.problem is None and m.name != HOST.name}
+    auto = min(good, key=good.get)
+    peers = {name: m.ms for name, m in found.items() if m.ms and name != auto}
+    errors = ", ".join(f"{m.name} {m.relative_error:.4f}" for m in found.values() if m.ms)
+    return row(str(shape[2]), good[auto], "ms", count, peers, note=f"auto: {auto}; relative errors: {errors}")  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3)
@@ -53,20 +69,8 @@ def main() -> None:
     hardware, rows = probe_hardware(device), []
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for seq_len in (64,) if args.tiny else SEQUENCES:
-        shape = (1, 2 if args.tiny else 24, seq_len, 128)
-        found = rounds(hardware, device, shape, dtype, args.rounds)
-        print(shape, dtype)
-        for measurement in sorted(found.values(), key=lambda m: m.ms or 1e9):
-            print(" ", measurement)
-        for name in KERNELS.keys() - found.keys():
-            print(
-                f"  {name:16} {KERNELS[name].unavailable(hardware) or 'does not take this dtype'}"
-            )
-        good = {m.name: m.ms for m in found.values() if m.problem is None and m.name != HOST.name}
-        auto = min(good, key=good.get)
-        peers = {name: m.ms for name, m in found.items() if m.ms and name != auto}
-        errors = ", ".join(f"{m.name} {m.relative_error:.4f}" for m in found.values() if m.ms)
-        rows.append(row(str(seq_len), good[auto], "ms", args.rounds, peers, note=f"auto: {auto}; relative errors: {errors}"))  # fmt: skip
+        shape = (1, 2 if args.tiny else USUAL_HEADS, seq_len, HEAD_DIM)
+        rows.append(measure(hardware, device, shape, dtype, args.rounds))
     if args.tiny:
         print(rows)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -57,6 +58,53 @@ def four_steps(model, width: int, size: int, seed: int = 0, batch: int = 1, refe
     start = time.perf_counter()
     samples = sample_klein(model, positive, latent, seed, STEPS, 1.0)["samples"].cpu()  # waits
     return time.perf_counter() - start, samples
+
+
+def floor(engine, model, size: int, batch: int = 1, references: int = 0) -> float:  # noqa: ANN001
+    """Milliseconds of four steps' matrices and attention alone, each at its exact shape."""
+    import torch
+    import torch.nn.functional as F
+
+    from ark.toolkit.kernels import KERNELS
+
+    flux = model.model.diffusion_model
+    dtype, device = flux.img_in.weight.dtype, flux.img_in.weight.device
+    weights = engine.record(flux, torch.empty(0, dtype=dtype, device=device))
+    lengths = (batch * 512, batch * (1 + references) * (size // 16) ** 2)
+    heads = flux.num_heads
+    qkv = torch.randn(3, batch, sum(lengths) // batch, heads, 128, device=device, dtype=dtype)
+    override = model.model_options["transformer_options"].get("optimized_attention_override")
+    attend = KERNELS[override.kernel].attend if override else F.scaled_dot_product_attention
+    inputs: dict = {}
+
+    def call(matrix, length: int) -> None:  # noqa: ANN001
+        width = matrix.weight.shape[1]
+        if (length, width, matrix.quantises) not in inputs:
+            x = torch.randn(length, width, device=device, dtype=dtype)
+            inputs[length, width, matrix.quantises] = engine.runner.operations.quantise(x) if matrix.quantises else x  # fmt: skip
+        matrix(inputs[length, width, matrix.quantises])
+
+    def step() -> None:
+        for streams in weights.double:
+            for stream, length in zip(streams, lengths, strict=True):
+                for matrix in (stream.qkv, stream.proj, stream.mlp_in, stream.mlp_out):
+                    call(matrix, length)
+            attend(*qkv.transpose(2, 3))
+        for block in weights.single:
+            call(block.linear_in, sum(lengths))
+            attend(*qkv.transpose(2, 3))
+            call(block.linear_out, sum(lengths))
+
+    times = []
+    for _ in range(6):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(STEPS):
+            step()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[1:])
 
 
 def in_fp32(model):  # noqa: ANN001, ANN201

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import os
 import platform
 import re
@@ -19,7 +18,6 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -33,6 +31,7 @@ from ark.benchmarks.models import (
     write_random,
 )
 from ark.benchmarks.record import bar_chart, row, write_record
+from ark.toolkit.disk import read_speed
 from ark.toolkit.header import read_header
 from ark.toolkit.layout import plan_layout
 from ark.toolkit.paths import PATHS, TransferPath, mmap_pin, pump
@@ -47,21 +46,10 @@ def drop_from_cache(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def raw_read(path: Path) -> None:
-    """The floor of a cold load: 16 threads, O_DIRECT, 8 MB reads, nothing done with the bytes."""
-    import mmap
-
-    size, step, numbers = path.stat().st_size, 8 << 20, itertools.count()
-
-    def work() -> None:
-        buffer, descriptor = mmap.mmap(-1, step), os.open(path, os.O_RDONLY | os.O_DIRECT)
-        while (offset := next(numbers) * step) < size:
-            os.preadv(descriptor, [buffer], offset)
-        os.close(descriptor)
-
-    with ThreadPoolExecutor(16) as pool:
-        for job in [pool.submit(work) for _ in range(16)]:
-            job.result()
+def unpin() -> None:
+    """Let nothing of an earlier load be pinned."""
+    for identity in list(mmap_pin._pinned):
+        mmap_pin.forget(identity)
 
 
 def ark_load(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
@@ -191,15 +179,11 @@ def measure(transformer: Path, text: Path, device: torch.device, args: argparse.
     link = link_rate(device)
     rows = []
 
-    def fresh() -> None:
-        for identity in list(mmap_pin._pinned):
-            mmap_pin.forget(identity)
-
     def cold() -> None:
-        fresh()
+        unpin()
         drop_from_cache(transformer)
 
-    def case(name: str, files: list[Path], repeat: int, floor: float | None, before=fresh, only=loaders) -> None:  # fmt: skip
+    def case(name: str, files: list[Path], repeat: int, floor: float | None, before=unpin, only=loaders) -> None:  # fmt: skip
         print(name)
         works = {k: (lambda load=loaders[k]: [load(file, device) for file in files]) for k in only}
         for work in works.values() if before is not cold else ():
@@ -216,14 +200,14 @@ def measure(transformer: Path, text: Path, device: torch.device, args: argparse.
     raw = []
     for _ in range(args.cold_repeat):
         drop_from_cache(transformer)
-        raw.append(timed(lambda: raw_read(transformer), device))
+        raw.append(size / read_speed(transformer, size, float("inf")).rate)
     print("raw O_DIRECT", *(f"{seconds:.3f}" for seconds in raw), flush=True)
     case("transformer_cold", [transformer], args.cold_repeat, statistics.median(raw), cold)
-    rows += memory(transformer, device, loaders, fresh, cold)
+    rows += memory(transformer, device, loaders, cold)
     return rows
 
 
-def memory(transformer: Path, device: torch.device, loaders: dict, fresh: Callable, cold: Callable) -> list[dict]:  # fmt: skip
+def memory(transformer: Path, device: torch.device, loaders: dict, cold: Callable) -> list[dict]:  # fmt: skip
     """Anonymous memory that each of Ark's paths and each peer takes while it loads, its pinned ring included."""
     file = read_header(transformer)
     layout = plan_layout(file.entries)
@@ -239,12 +223,12 @@ def memory(transformer: Path, device: torch.device, loaders: dict, fresh: Callab
         return peak_anonymous(work)
 
     found = {
-        name: peak(lambda load=load: load(transformer, device), fresh)
+        name: peak(lambda load=load: load(transformer, device), unpin)
         for name, load in loaders.items()
         if name != "ark"
     }
     rows = []
-    for state, before in {"warm": fresh, "cold": cold}.items():
+    for state, before in {"warm": unpin, "cold": cold}.items():
         for name, path in PATHS.items():
             before()
             if path.unavailable(file, device, probe_storage(file)) is None:

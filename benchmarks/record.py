@@ -21,11 +21,12 @@ def row(case: str, ark: float, unit: str, n: int, peers: dict | None = None, flo
     return {"case": case, "ark": short(ark), "unit": unit, "peers": peers, "floor": short(floor), "n": n, "note": note}  # fmt: skip
 
 
-def write_record(name: str, device: str, versions: dict[str, str], rows: list[dict]) -> Path:
-    """Write a benchmark's record and say where it is."""
-    record = {"name": name, "date": datetime.date.today().isoformat(), "gpu": device, "versions": versions, "rows": rows}  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write_record(name: str, device: str, versions: dict[str, str], rows: list[dict], path: Path | None = None, **more: object) -> Path:  # fmt: skip
+    """Write a benchmark's record, to `results/<name>.json` unless a path is given, and say where it is."""
+    record = {"name": name, "date": datetime.date.today().isoformat(), "gpu": device, "versions": versions, **more, "rows": rows}  # fmt: skip
+    if path is None:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
 

@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ark.benchmarks.klein import STEPS, four_steps, import_host, in_fp32, load_klein
+from ark.benchmarks.klein import STEPS, floor, four_steps, import_host, in_fp32, load_klein
 
 CASES = {
     "t2i_1024": {"size": 1024},
@@ -144,51 +144,6 @@ def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict], str]:
     for precision in engines:
         add(f"latents_error_{precision}", errors[precision], "relative to fp32", 1, {"comfyui": errors["comfyui"]})  # fmt: skip
     return rows, profile
-
-
-def floor(engine, model, size: int, batch: int = 1, references: int = 0) -> float:  # noqa: ANN001
-    """Milliseconds of four steps' matrices and attention alone, each at its exact shape."""
-    import torch
-
-    from ark.toolkit.kernels import KERNELS
-
-    flux = model.model.diffusion_model
-    dtype, device = flux.img_in.weight.dtype, flux.img_in.weight.device
-    weights = engine.record(flux, torch.empty(0, dtype=dtype, device=device))
-    lengths = (batch * 512, batch * (1 + references) * (size // 16) ** 2)
-    heads = flux.num_heads
-    qkv = torch.randn(3, batch, sum(lengths) // batch, heads, 128, device=device, dtype=dtype)
-    override = model.model_options["transformer_options"]["optimized_attention_override"]
-    attend, inputs = KERNELS[override.kernel].attend, {}
-
-    def call(matrix, length: int) -> None:  # noqa: ANN001
-        width = matrix.weight.shape[1]
-        if (length, width, matrix.quantises) not in inputs:
-            x = torch.randn(length, width, device=device, dtype=dtype)
-            inputs[length, width, matrix.quantises] = engine.runner.operations.quantise(x) if matrix.quantises else x  # fmt: skip
-        matrix(inputs[length, width, matrix.quantises])
-
-    def step() -> None:
-        for streams in weights.double:
-            for stream, length in zip(streams, lengths, strict=True):
-                for matrix in (stream.qkv, stream.proj, stream.mlp_in, stream.mlp_out):
-                    call(matrix, length)
-            attend(*qkv.transpose(2, 3))
-        for block in weights.single:
-            call(block.linear_in, sum(lengths))
-            attend(*qkv.transpose(2, 3))
-            call(block.linear_out, sum(lengths))
-
-    times = []
-    for _ in range(6):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(STEPS):
-            step()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[1:])
 
 
 def first_images(folder: Path, args: argparse.Namespace):  # noqa: ANN201

@@ -8,8 +8,10 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 from safetensors import SafetensorError
 
-from ..toolkit.embedded import cache_folder, embedded_folders
+from ..toolkit.cache import cache_folder
+from ..toolkit.embedded import embedded_folders
 from .combustion import ArkSageCombustion
+from .doctor import ArkDoctor
 from .encode import ArkTextEncode
 from .live import serve
 from .load import ArkFastLoader
@@ -49,4 +51,5 @@ class ArkExtension(ComfyExtension):
             ArkScheduler,
             ArkSampler4Step,
             ArkReport,
+            ArkDoctor,
         ]

@@ -15,6 +15,7 @@ from ..patches.transformer import load_transformer
 from ..patches.vae import load_vae
 from ..toolkit.architecture import check_match
 from ..toolkit.embedded import preferred
+from ..toolkit.errors import ModelFileError
 from ..toolkit.igniter import file_fingerprint, model_parts
 from . import live
 from .loaded import Loaded
@@ -87,7 +88,7 @@ class ArkFastLoader(io.ComfyNode):
         return tuple(
             file_fingerprint(part)
             for slot, name in chosen.items()
-            for part in model_parts(_find(slot, name))
+            for part in model_parts(_chosen(slot, name))
         )
 
     @classmethod
@@ -95,9 +96,9 @@ class ArkFastLoader(io.ComfyNode):
         """Build MODEL, CLIP and VAE."""
         start, progress = time.perf_counter(), comfy.utils.ProgressBar(3)
         paths = {
-            "diffusion_model": _find("diffusion_model", diffusion_model),
-            "text_encoder": _find("text_encoder", text_encoder),
-            "vae": _find("vae", vae),
+            "diffusion_model": _chosen("diffusion_model", diffusion_model),
+            "text_encoder": _chosen("text_encoder", text_encoder),
+            "vae": _chosen("vae", vae),
         }
         clip, clip_dims = load_text_encoder(paths["text_encoder"])  # first: it is needed first
         progress.update(1)
@@ -122,11 +123,22 @@ class ArkFastLoader(io.ComfyNode):
 
 def _diffusers_folders() -> dict[str, Path]:
     """The pipelines in diffusers' layout, by their path below models/diffusers."""
-    found = {}
+    found: dict[str, Path] = {}
     for root in map(Path, folder_paths.get_folder_paths(DIFFUSERS)):
         for index in sorted(root.glob(f"**/{PIPELINE_INDEX}")):
             found.setdefault(index.parent.relative_to(root).as_posix(), index.parent)
     return found
+
+
+def _chosen(slot: str, name: str) -> str:
+    """The path of a choice.
+
+    Raises:
+        ModelFileError: the file was there when the prompt was checked.
+    """
+    if (path := _find(slot, name)) is None:
+        raise ModelFileError(f"{name} is not there any more.", "Put it back or choose another one.")
+    return path
 
 
 def _find(slot: str, name: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..toolkit.architecture import HEAD_DIM
+from ..toolkit.architecture import HEAD_DIM, USUAL_HEADS, USUAL_TOKENS
 from ..toolkit.combustion import select_attention_kernel
 from ..toolkit.hardware import probe_hardware
 from ..toolkit.kernels import KERNELS
@@ -53,9 +53,9 @@ def set_attention(model: Any, choice: str) -> tuple[Any, str]:
 
 def usual_attention(model: Any) -> tuple[tuple[int, int, int, int], torch.dtype]:
     """Shape and dtype of q, k and v at 1024x1024 with a full prompt, of the host's BaseModel."""
-    heads = getattr(model.diffusion_model, "num_heads", 24)
+    heads = getattr(model.diffusion_model, "num_heads", USUAL_HEADS)
     dtype = model.manual_cast_dtype or model.get_dtype()
-    return (1, heads, 4096 + 512, HEAD_DIM), dtype
+    return (1, heads, USUAL_TOKENS, HEAD_DIM), dtype
 
 
 @functools.lru_cache
@@ -91,5 +91,6 @@ def attention_override(name: str) -> Callable:
             return out.unflatten(2, (heads, -1)).transpose(1, 2)
         return out
 
-    override.kernel = name
-    return override
+    named: Any = override
+    named.kernel = name
+    return named

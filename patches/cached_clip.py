@@ -20,7 +20,7 @@ import comfy.sd
 import torch
 from comfy.cli_args import args
 
-from ..toolkit.embeddings import Embeddings, Tensors
+from ..toolkit.embeddings import Embeddings
 from ..toolkit.igniter import OpenedModel
 
 TEXTS = 16  # whose tokens are remembered
@@ -28,7 +28,7 @@ FORMAT = 1  # counts up when what is kept means something else
 # what its numbers depend on
 SOURCES = "toolkit/qwen3.py", "toolkit/fused/text.py", "toolkit/fused/swiglu.py", "toolkit/fused/reference.py", "patches/text_engine.py", "patches/text_encoder.py"  # fmt: skip
 HOSTS_OWN = {"manual_cast_dtype"}  # an object patch that newer hosts set on every text encoder
-PLAIN_OPTIONS = ({}, {"transformer_options": {}})
+PLAIN_OPTIONS: tuple[dict[str, Any], ...] = ({}, {"transformer_options": {}})
 log = logging.getLogger("ark")
 
 
@@ -47,7 +47,7 @@ class CachedCLIP(comfy.sd.CLIP):
     @classmethod
     def of(cls, clip: comfy.sd.CLIP, embeddings: Embeddings | None) -> CachedCLIP:
         """Make one in place of a CLIP that the host built."""
-        made = cls(no_init=True)
+        made: Any = cls(no_init=True)
         vars(made).update(vars(clip))
         made.embeddings, made.bypassed, made._tokens = embeddings, set(), {}
         return made
@@ -74,26 +74,26 @@ class CachedCLIP(comfy.sd.CLIP):
         self, tokens: dict, return_pooled: bool | str = False, return_dict: bool = False
     ) -> Any:
         """As the host's, from what is kept if it is there."""
-        key = self._key(tokens, return_pooled)
-        if key is None:
+        key, embeddings = self._key(tokens, return_pooled), self.embeddings
+        if key is None or embeddings is None:
             self.source = "encoder"
             return super().encode_from_tokens(tokens, return_pooled, return_dict)
-        if (found := self._find(key)) is None:
+        if (found := self._find(embeddings, key)) is None:
             self.source = "encoder"
             found = super().encode_from_tokens(tokens, return_pooled, True)
             if all(value is None or torch.is_tensor(value) for value in found.values()):
                 kept = {name: value for name, value in found.items() if value is not None}
-                self.embeddings.keep(key, kept, lasting=not self.patcher.patches)
+                embeddings.keep(key, kept, lasting=not self.patcher.patches)
         found = {"cond": found["cond"], "pooled_output": found.get("pooled_output"), **found}
         if return_dict:
             return found
         return (found["cond"], found["pooled_output"]) if return_pooled else found["cond"]
 
-    def _find(self, key: str) -> Tensors | None:
+    def _find(self, embeddings: Embeddings, key: str) -> Any:
         device = comfy.model_management.intermediate_device()
-        if (found := self.embeddings.recent(key)) is not None:
+        if (found := embeddings.recent(key)) is not None:
             self.source = "memory"
-        elif not self.patcher.patches and (found := self.embeddings.saved(key)) is not None:
+        elif not self.patcher.patches and (found := embeddings.saved(key)) is not None:
             self.source = "disk"
             self.patcher.send_follower()  # else it would leave when this encoder is loaded
         return found and {name: tensor.to(device) for name, tensor in found.items()}
@@ -166,10 +166,10 @@ def _pieces(tokens: dict) -> Iterator[bytes]:
     for name, sections in sorted(tokens.items()):
         yield repr(name).encode()
         for section in sections:
-            tokens = [pair[0] for pair in section]
+            ids = [pair[0] for pair in section]
             # the usual case: one by one takes longer than all the rest of a known prompt
-            if {*map(type, tokens)} <= {int}:
-                yield b"ids" + array("q", tokens).tobytes()
+            if {*map(type, ids)} <= {int}:
+                yield b"ids" + array("q", ids).tobytes()
                 yield b"weights" + array("d", (pair[1] for pair in section)).tobytes()
                 continue
             yield b"["

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..toolkit.compile import MODES, Compiler, any_length, compiler, describe
+from ..toolkit.compile import MODES, Compiler, any_length, compiler, describe, unsuited
 from ..toolkit.errors import InputError
 from ..toolkit.hardware import Hardware, probe_hardware
 from .guard import OVERRIDE, PLAIN
@@ -79,8 +79,9 @@ def set_compile(model: Any, mode: str) -> tuple[Any, str, Compiler | None]:
             module._modules.update(real)
             chosen.keep()
 
-    compiled.compiler = chosen  # for who reports
-    clone.add_wrapper_with_key(APPLY_MODEL, KEY, compiled)
+    wrapper: Any = compiled
+    wrapper.compiler = chosen  # for who reports
+    clone.add_wrapper_with_key(APPLY_MODEL, KEY, wrapper)
     report = f"compile: {mode}, block by block, kept in {chosen.cache}."
     if dynamic:
         report += " Without dynamic VRAM: the model is loaded whole."
@@ -91,31 +92,15 @@ def refusal(
     mode: str, hardware: Hardware, flux: torch.nn.Module, kernel: str
 ) -> tuple[str, str] | None:
     """Why a mode cannot work with a model and an attention kernel, and what can; None if it can."""
-    if kernel.startswith("sage") and getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False):  # fmt: skip
-        return (
-            "SageAttention, fp16 accumulation and compiling together give noise.",
-            "Start ComfyUI without --fast fp16_accumulation, choose another kernel, or set compile to off.",
-        )
     fp8 = any(_is_quantised(weight) or weight.dtype.itemsize == 1 for weight in flux.parameters())
-    if fp8 and (0, 0) < hardware.compute_capability < (8, 9):
-        return (
-            f"{hardware.name} cannot compile fp8 weights.",
-            "Use the bf16 file, or set compile to off.",
-        )
+    if problem := unsuited(mode, hardware, kernel, fp8):
+        return problem
     fixed = [m for m in flux.modules() if any(map(_is_quantised, m.parameters(recurse=False)))]
     if any(type(module)._apply is torch.nn.Module._apply for module in fixed):
         return (
             "This ComfyUI cannot move quantised weights that were compiled.",
             "Update ComfyUI, use the bf16 file, or set compile to off.",
         )
-    if mode == "reduce-overhead":
-        if hardware.device_type != "cuda":
-            return f"reduce-overhead records CUDA graphs, this is {hardware.name}.", "Choose default."  # fmt: skip
-        if torch.cuda.get_allocator_backend() == "cudaMallocAsync":
-            return (
-                "reduce-overhead records CUDA graphs, which cudaMallocAsync does not allow.",
-                "Start ComfyUI with --disable-cuda-malloc, or choose default.",
-            )
     return None
 
 

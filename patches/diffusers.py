@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..toolkit.architecture import HEAD_DIM
+from ..toolkit.architecture import HEAD_DIM, USUAL_HEADS, USUAL_TOKENS
 from ..toolkit.combustion import select_attention_kernel
 from ..toolkit.compile import MODES, Compiler, any_length, compiler, describe
 from ..toolkit.errors import InputError
+from ..toolkit.fused.runner import Runner
 from ..toolkit.hardware import probe_hardware
 from ..toolkit.kernels import KERNELS
 from ..toolkit.kernels.op import attend_flat
@@ -34,7 +35,9 @@ class Combustion:
     """
 
     def __init__(self, transformer: torch.nn.Module):
-        self.report, self.compiler, self.runner = "", None, None
+        self.report = ""
+        self.compiler: Compiler | None = None
+        self.runner: Runner | None = None
         self._detach: Callable[[], None] | None = None
         self._transformer = transformer
         self._processors: dict[str, Any] = {}
@@ -80,7 +83,7 @@ class Combustion:
             self.compiler.keep()
             for block in _repeated(self._transformer):
                 block._compiled_call_impl = None
-            self.compiler: Compiler | None = None
+            self.compiler = None
 
     def __enter__(self) -> Combustion:
         return self
@@ -126,8 +129,8 @@ def ignite(
     weight = next(transformer.parameters())
     hardware, kernel = probe_hardware(weight.device), None
     if attention != "none":
-        heads = getattr(transformer.config, "num_attention_heads", 24)
-        shape = (1, heads, 4096 + 512, HEAD_DIM)  # 1024x1024 and a full prompt
+        heads = getattr(transformer.config, "num_attention_heads", USUAL_HEADS)
+        shape = (1, heads, USUAL_TOKENS, HEAD_DIM)
         kernel, set_on.report = select_attention_kernel(attention, hardware, weight.device, shape, weight.dtype)  # fmt: skip
     if engine == "fused":
         set_on.runner, set_on._detach = attach_fused(transformer, precision, kernel.name if kernel else None)  # fmt: skip
@@ -142,7 +145,8 @@ def ignite(
         if not _repeated(transformer):
             raise InputError(f"{type(transformer).__name__} names no repeated blocks.", "Set compile to off.")  # fmt: skip
         set_on.compiler = compiler(compile, hardware, describe(transformer), kernel.name if kernel else "diffusers")  # fmt: skip
-        transformer.compile_repeated_blocks(backend=set_on.compiler.backend)
+        compile_blocks: Any = transformer.compile_repeated_blocks
+        compile_blocks(backend=set_on.compiler.backend)
         for block in _repeated(transformer):
             block._compiled_call_impl = _for_any_length(block._compiled_call_impl)
         set_on.report += f"\ncompile: {compile}, block by block."
@@ -150,7 +154,7 @@ def ignite(
     return set_on
 
 
-def _repeated(transformer: torch.nn.Module) -> list[torch.nn.Module]:
+def _repeated(transformer: torch.nn.Module) -> list[Any]:
     """The blocks that diffusers itself compiles one by one."""
     names = getattr(transformer, "_repeated_blocks", None) or ()
     return [module for module in transformer.modules() if type(module).__name__ in names]
@@ -173,14 +177,15 @@ def _for_any_length(call: Callable) -> Callable:
 
 def _with_kernel(processor: Any, kernel: str) -> Any:
     """A copy of a processor that runs the same code, with attention by a kernel."""
-    kind = _processor_class(type(processor), kernel)
+    own: Any = type(processor)
+    kind: Any = _processor_class(own, kernel)
     made = kind.__new__(kind)
     made.__dict__.update(processor.__dict__)
     return made
 
 
 @functools.lru_cache
-def _processor_class(kind: type, kernel: str) -> type:
+def _processor_class(kind: Any, kernel: str) -> type:
     """A processor's class whose own code finds another function under the dispatcher's name."""
     own = kind.__call__
     names = {**own.__globals__, DISPATCH: _dispatcher(own.__globals__[DISPATCH], kernel)}

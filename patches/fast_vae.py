@@ -39,7 +39,7 @@ class FastVAE(comfy.sd.VAE):
     @classmethod
     def of(cls, vae: comfy.sd.VAE, engine: VaeEngine) -> FastVAE:
         """Make one in place of a VAE that the host built; its tiles run in the engine, too."""
-        made = cls.__new__(cls)
+        made: Any = cls.__new__(cls)
         vars(made).update(vars(vae))
         made.engine = engine
         model = vae.first_stage_model
@@ -52,8 +52,9 @@ class FastVAE(comfy.sd.VAE):
         if self.engine is not None:
             self.engine.weights_changed()
         self.engine = None
+        module: Any = self.first_stage_model
         for way in WAYS:
-            vars(self.first_stage_model).pop(way, None)
+            vars(module).pop(way, None)
 
     def decode(self, samples_in: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
         """As the host's: latents to IMAGEs [B, H, W, 3]."""
@@ -111,8 +112,9 @@ class FastVAE(comfy.sd.VAE):
 
     def _plans(self, way: str, batch: int, height: int, width: int) -> Iterator[tuple[int, bool]]:
         """How many pictures at a time, and whether in bands: what should fit, then what takes less."""
-        free = comfy.model_management.get_free_memory(self.device) - self.engine.copies(way)
-        count = self.engine.at_once(way, batch, height, width, free)
+        engine: Any = self.engine
+        free = comfy.model_management.get_free_memory(self.device) - engine.copies(way)
+        count = engine.at_once(way, batch, height, width, free)
         if count:
             yield count, False
             if count > 1:
@@ -137,7 +139,7 @@ class FastVAE(comfy.sd.VAE):
 
 def _by_module(vae: weakref.ref, model: weakref.ref, way: str, x: torch.Tensor, **named: Any) -> torch.Tensor:  # fmt: skip
     """As the method of the host's module: a tile, with its channels before its pixels."""
-    engine = getattr(vae(), "engine", None)
+    engine: Any = getattr(vae(), "engine", None)
     fits = engine is not None and not named and x.ndim == 4 and engine.hopeful(way, x.device, x.dtype)  # fmt: skip
     record = engine.record(way) if fits else None
     if record is None:

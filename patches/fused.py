@@ -64,8 +64,9 @@ def set_fused(model: Any, precision: str = "bf16") -> tuple[Any, str]:
         if unpatch_all:  # it leaves the device, and is not only followed by another clone
             engine.weights_changed()
 
-    fused.engine = engine  # for who reports
-    clone.add_wrapper_with_key(DIFFUSION_MODEL, KEY, fused)
+    wrapper: Any = fused
+    wrapper.engine = engine  # for who reports
+    clone.add_wrapper_with_key(DIFFUSION_MODEL, KEY, wrapper)
     clone.add_callback_with_key(ON_DETACH, KEY, detached)
     override = clone.model_options.get("transformer_options", {}).get(OVERRIDE)
     kernel = getattr(override, "kernel", None)
@@ -268,19 +269,21 @@ class Engine:
         def stream(block: Any, name: str) -> Stream:
             attn, mlp = getattr(block, f"{name}_attn"), getattr(block, f"{name}_mlp")
             norms = attn.norm.query_norm, attn.norm.key_norm
-            return Stream(*map(matrix, (attn.qkv, attn.proj, mlp[0], mlp[2])), *map(plain, norms))
+            qkv, proj, mlp_in, mlp_out = map(matrix, (attn.qkv, attn.proj, mlp[0], mlp[2]))
+            return Stream(qkv, proj, mlp_in, mlp_out, *map(plain, norms))
 
         def single(block: Any) -> SingleBlock:
             norms = block.norm.query_norm, block.norm.key_norm
             return SingleBlock(matrix(block.linear1), matrix(block.linear2), *map(plain, norms))
 
-        modulations = flux.double_stream_modulation_txt, flux.double_stream_modulation_img, flux.single_stream_modulation  # fmt: skip
         eps = getattr(flux.single_blocks[0].norm.query_norm, "eps", OLD_EPS)
         return Weights(
             of(flux.img_in),
             of(flux.txt_in),
             (of(flux.time_in.in_layer), of(flux.time_in.out_layer)),
-            *(of(modulation.lin) for modulation in modulations),
+            of(flux.double_stream_modulation_txt.lin),
+            of(flux.double_stream_modulation_img.lin),
+            of(flux.single_stream_modulation.lin),
             [(stream(block, "txt"), stream(block, "img")) for block in flux.double_blocks[:blocks]],
             [single(block) for block in flux.single_blocks[:blocks]],
             of(flux.final_layer.adaLN_modulation[1]),

@@ -17,7 +17,7 @@ from ..toolkit.step import SingleBlock, Stream, Weights
 log = logging.getLogger("ark")
 
 
-def attach_fused(transformer: torch.nn.Module, precision: str, kernel: str | None) -> tuple[Runner, Callable[[], None]]:  # fmt: skip
+def attach_fused(transformer: Any, precision: str, kernel: str | None) -> tuple[Runner, Callable[[], None]]:  # fmt: skip
     """Let a transformer run the fused step.
 
     Weights are read where they lie at each call; after a change in place (a LoRA that is fused into them), attach again if
@@ -93,10 +93,10 @@ def _denoise(
     return runner.run(weights, hidden_states, encoder_hidden_states, ids, timestep, kernel)
 
 
-def _weights(transformer: torch.nn.Module, runner: Runner, like: torch.Tensor) -> Weights:
+def _weights(transformer: Any, runner: Runner, like: torch.Tensor) -> Weights:
     """The record of a transformer, by reference; its q, k and v stay apart."""
 
-    def tensor(layer: torch.nn.Module) -> torch.Tensor:
+    def tensor(layer: Any) -> torch.Tensor:
         if isinstance(layer, torch.nn.Linear) and type(layer) is not torch.nn.Linear:
             raise Unknown(f"layers of {type(layer).__name__}")
         if not hasattr(layer, "weight") or hasattr(layer, "base_layer"):
@@ -114,22 +114,28 @@ def _weights(transformer: torch.nn.Module, runner: Runner, like: torch.Tensor) -
     def matrix(*layers: torch.nn.Module) -> Matrix:
         return runner.matrix(like, *map(tensor, layers))
 
-    def double(block: torch.nn.Module) -> tuple[Stream, Stream]:
+    def double(block: Any) -> tuple[Stream, Stream]:
         attn, txt, img = block.attn, block.ff_context, block.ff
         return (
             Stream(
                 matrix(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
-                *map(matrix, (attn.to_add_out, txt.linear_in, txt.linear_out)),
-                *map(plain, (attn.norm_added_q, attn.norm_added_k)),
+                matrix(attn.to_add_out),
+                matrix(txt.linear_in),
+                matrix(txt.linear_out),
+                plain(attn.norm_added_q),
+                plain(attn.norm_added_k),
             ),
             Stream(
                 matrix(attn.to_q, attn.to_k, attn.to_v),
-                *map(matrix, (attn.to_out[0], img.linear_in, img.linear_out)),
-                *map(plain, (attn.norm_q, attn.norm_k)),
+                matrix(attn.to_out[0]),
+                matrix(img.linear_in),
+                matrix(img.linear_out),
+                plain(attn.norm_q),
+                plain(attn.norm_k),
             ),
         )
 
-    def single(block: torch.nn.Module) -> SingleBlock:
+    def single(block: Any) -> SingleBlock:
         attn = block.attn
         matrices = matrix(attn.to_qkv_mlp_proj), matrix(attn.to_out)
         return SingleBlock(*matrices, plain(attn.norm_q), plain(attn.norm_k))

@@ -48,8 +48,9 @@ def add_guard(model: Any, kernel: str) -> None:
             )
         return again
 
-    guarded.failed = False  # for who reports, too
-    model.add_wrapper_with_key(SAMPLER_SAMPLE, KEY, guarded)
+    wrapper: Any = guarded
+    wrapper.failed = False  # for who reports, too
+    model.add_wrapper_with_key(SAMPLER_SAMPLE, KEY, wrapper)
 
 
 def remove_guard(model: Any) -> None:

@@ -149,9 +149,11 @@ class Masters:
 
     def make_writable(self, module: torch.nn.Module, key: str) -> None:
         """Let a weight that lies in read-only pinned memory lie at home again, where writing is private."""
-        now = stored_in(operator.attrgetter(key)(module)) if key in self.origins else None
-        flat = self.pinned.get(self.origins[key][0].identity) if now is not None else None
-        if flat is not None and 0 <= now.data_ptr() - flat.data_ptr() < flat.numel():
+        flat = self.pinned.get(self.origins[key][0].identity) if key in self.origins else None
+        if flat is None:
+            return
+        now = stored_in(operator.attrgetter(key)(module))
+        if 0 <= now.data_ptr() - flat.data_ptr() < flat.numel():
             put(module, key, self.homes[key])
 
     def pin(self, module: torch.nn.Module, key: str, device: torch.device) -> None:
@@ -222,7 +224,8 @@ def with_stored(weight: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
     old = stored_in(weight)
     inner = {name: getattr(weight, name) for name in names}
     moved = {name: stored if t is old else t.to(stored.device) for name, t in inner.items()}
-    return type(weight).__tensor_unflatten__(moved, context, weight.shape, weight.stride())
+    kind: Any = type(weight)
+    return kind.__tensor_unflatten__(moved, context, weight.shape, weight.stride())
 
 
 def lasting(weight: torch.Tensor | None) -> contextlib.AbstractContextManager:

@@ -97,10 +97,10 @@ def load_pipeline(
     dtype = dtype or _choose_dtype(device, stored_dtype(main, model.transformer.name), opened)
     _check_room(device, opened, dtype)
     parts: dict[str, Part] = {}
-    for part, (source, tensors, dims) in opened.items():
+    for name, (source, tensors, dims) in opened.items():
         held = [file.identity for file, _ in source.parts if file.identity in source.mapped]
         shipment = Shipment(source, tensors, device)
-        parts[part] = Part(getattr(model, part).name, dims, tensors, shipment, held)
+        parts[name] = Part(getattr(model, name).name, dims, tensors, shipment, held)
     del opened, source, tensors, encoder, main
     with contextlib.ExitStack() as ended, torch.inference_mode(False), torch.no_grad():
         for part in parts.values():  # what is still in the queue when this fails or is interrupted

@@ -86,7 +86,7 @@ class Modules:
         }  # fmt: skip
         config = Qwen3Config(**settings)
         with torch.device("meta"):
-            module = Qwen3Model(config)
+            module: Any = Qwen3Model(config)
         module.norm = torch.nn.Identity()
         module.rotary_emb = type(module.rotary_emb)(config).to(
             self._device
@@ -128,7 +128,7 @@ class Modules:
         if dims.decoder_width != dims.encoder_width:
             settings["decoder_block_out_channels"] = [dims.decoder_width * m for m in dims.multipliers]  # fmt: skip
         with torch.device("meta"):
-            module = AutoencoderKLFlux2.from_config(settings)
+            module: Any = AutoencoderKLFlux2.from_config(settings)
         weights = self._arrived("vae")
         if not is_diffusers_vae(weights):
             weights = vae_to_diffusers(weights)
@@ -147,7 +147,7 @@ class Modules:
         self.waiting += time.perf_counter() - start
         return dequantise(weights, self._dtype, part.name)
 
-    def _assign(self, module: torch.nn.Module, name: str, weights: dict) -> torch.nn.Module:
+    def _assign(self, module: Any, name: str, weights: dict) -> Any:
         """Hand weights over to a module on meta, by reference."""
         part = self._parts[name]
         try:

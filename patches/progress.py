@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.model_management
 import comfy.utils
 from tqdm import tqdm
@@ -18,8 +20,8 @@ class Progress:
 
     def __init__(self, what: str):
         self.what = what
-        self.canvas: comfy.utils.ProgressBar | None = None
-        self.console: tqdm | None = None
+        self.canvas: Any = None
+        self.console: Any = None
 
     def watch(self, moved: int, total: int) -> None:
         """Show how far it is.

@@ -68,7 +68,7 @@ def load_text_encoder(path: str | Path, ahead: bool = True) -> tuple[Any, TextEn
         ResidentPatcher.send_ahead(opened, wanted, device)
 
     class Target:
-        params = {}  # noqa: RUF012 (the host's shape)
+        params: dict = {}  # noqa: RUF012 (the host's shape)
         clip = staticmethod(_text_encoder_class())
         tokenizer = staticmethod(klein_tokenizer)
 
@@ -192,9 +192,9 @@ def embed_tokens(encoder: Any, tokens: list[list], device: torch.device) -> tupl
     if not all({*map(type, section)} == {int} and section[0] != PAD_TOKEN for section in tokens):
         return encoder.process_tokens(tokens, device)[:2]
     lengths = [(*section, PAD_TOKEN).index(PAD_TOKEN) for section in tokens]
-    ids, lengths = (torch.tensor(numbers, device=device) for numbers in (tokens, lengths))
+    ids, ends = (torch.tensor(numbers, device=device) for numbers in (tokens, lengths))
     embeds = encoder.transformer.get_input_embeddings()(ids, out_dtype=torch.float32)
-    present = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+    present = torch.arange(ids.shape[1], device=device) < ends[:, None]
     return embeds, present.long()
 
 

@@ -27,6 +27,7 @@ def assign(module: torch.nn.Module, state_dict: dict[str, torch.Tensor], name: s
     Raises:
         ModelFileError: a tensor has the wrong shape or is missing.
     """
+    part: Any
     for part in module.modules():  # quantised layers remember the device that they were built on
         if hasattr(part, "factory_kwargs"):
             part.factory_kwargs["device"] = torch.device("cpu")

@@ -136,9 +136,32 @@ def test_a_bad_size_is_refused(text, capsys):
     assert "multiples of 16" in capsys.readouterr().err
 
 
+def test_the_interpreter_is_comfyuis_own(tmp_path, monkeypatch):
+    comfyui, venv = tmp_path / "portable" / "ComfyUI", tmp_path / "ark"
+    comfyui.mkdir(parents=True)
+    here = Path(sys.executable)
+    monkeypatch.setattr(bootstrap.importlib.util, "find_spec", lambda name: None)
+    assert bootstrap.interpreter(comfyui, venv) == bootstrap.interpreter(None, venv) == here
+
+    def make(path: Path) -> Path:
+        path.parent.mkdir(parents=True)
+        path.touch()
+        return path
+
+    own = make(bootstrap.python_of(venv))
+    assert bootstrap.interpreter(comfyui, venv) == bootstrap.interpreter(None, venv) == own
+    monkeypatch.setattr(bootstrap.importlib.util, "find_spec", lambda name: "torch is here")
+    assert bootstrap.interpreter(comfyui, venv) == here
+    assert bootstrap.interpreter(None, venv) == own
+    portable = make(comfyui.parent / "python_embeded" / "python.exe")
+    assert bootstrap.interpreter(comfyui, venv) == portable
+    theirs = make(bootstrap.python_of(comfyui / "venv"))
+    assert bootstrap.interpreter(comfyui, venv) == theirs
+
+
 def test_pytest_arguments_pass_through():
     args = bootstrap.parse(["test", "-k", "golden", "--venv", "v", "-x", "tests/host"])
-    assert args.pytest_args == ["-k", "golden", "-x", "tests/host"]
+    assert args.rest == ["-k", "golden", "-x", "tests/host"]
     assert args.venv == "v"
 
 
@@ -178,7 +201,7 @@ def test_pyproject_and_bootstrap_pin_the_same_versions():
     pins = {*bootstrap.TEST, *bootstrap.PINS_NEWER_PYTHON, *bootstrap.PINS_PYTHON_310}
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for pin in re.findall(
-        r'"((?:pytest|ruff|hypothesis|diffusers|transformers|triton)==[^";]+)', text
+        r'"((?:pytest|ruff|mypy|hypothesis|diffusers|transformers|triton)==[^";]+)', text
     ):
         assert pin in {known.split(";")[0] for known in pins}
     assert f'required-version = "=={bootstrap.TEST[2].split("==")[1]}"' in text

@@ -7,6 +7,7 @@ whole link to itself, so that the first one is complete while the next is still 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import weakref
@@ -42,7 +43,7 @@ class Sending:
         arrived: the tensors on the device, by their first byte in the file.
     """
 
-    layout: Layout
+    layout: Layout[int]
     moved: int = 0
     arrived: futures.Future[dict[int, torch.Tensor]] = field(init=False)
 
@@ -120,13 +121,12 @@ def send_ahead(
     for identity, entries in groups.items():
         sending = send(opened, files[identity], entries, device)
         opened.ahead[identity, device] = sending
-        sending.arrived.add_done_callback(
-            lambda _, key=(identity, device): _wait(opened.ahead, key)
-        )
+        give_up = functools.partial(_wait, opened.ahead, (identity, device))
+        sending.arrived.add_done_callback(give_up)
     return None
 
 
-def _wait(ahead: dict, key: tuple) -> None:
+def _wait(ahead: dict, key: tuple, _: object) -> None:
     """Give up what has arrived and nobody has taken for long."""
     timer = threading.Timer(PATIENCE, ahead.pop, (key, None))
     timer.daemon = True

@@ -18,6 +18,8 @@ TEXT_TAPS = (9, 18, 27)  # hidden states of Qwen3 that Klein reads, concatenated
 NEEDED_LAYERS = max(TEXT_TAPS)
 LATENT_CHANNELS = 128  # 32 channels of the VAE, packed 2x2
 SPATIAL_FACTOR = 16  # px of the picture a latent position
+USUAL_TOKENS = 4096 + 512  # of a picture of 1024x1024 and of a full prompt
+USUAL_HEADS = 24  # of Klein 4B
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def decode(
     z = z.view(batch, channels // PACK**2, PACK, PACK, height, width).permute(0, 4, 2, 5, 3, 1)
     z = z.reshape(batch, PACK * height, PACK * width, -1).to(dtype)
     z = F.linear(z, weights.widen.weight, weights.widen.bias.to(dtype))
-    x = network.middle(Pixels(network.convolve(z, weights.first.weight), weights.first.bias), weights.middle)  # fmt: skip
+    x: Any = network.middle(Pixels(network.convolve(z, weights.first.weight), weights.first.bias), weights.middle)  # fmt: skip
     for number, (blocks, up) in enumerate(weights.levels):
         for block in blocks:
             x = network.block(x, block)
@@ -110,8 +110,8 @@ def encode(
     if choices.band and len(pixels) > 1:
         return torch.cat([encode(weights, one, operations, choices) for one in pixels.split(1)])
     network, first = Network(operations, choices), weights.first.weight
-    x = F.pad(pixels.to(first.dtype), (0, first.shape[1] - pixels.shape[3]))
-    x = Pixels(network.convolve(x, first), weights.first.bias)
+    padded = F.pad(pixels.to(first.dtype), (0, first.shape[1] - pixels.shape[3]))
+    x = Pixels(network.convolve(padded, first), weights.first.bias)
     for blocks, down in weights.levels:
         for block in blocks:
             x = network.block(x, block)

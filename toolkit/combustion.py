@@ -206,6 +206,7 @@ def select_attention_kernel(
 
     Raises:
         KernelUnavailable: a kernel was named that cannot run here.
+        ValueError: "auto" was not told what to measure with.
     """
     reasons = unavailable_kernels(hardware)
     if choice != "auto":
@@ -219,6 +220,8 @@ def select_attention_kernel(
     if hardware.compute_capability == (0, 0):
         listed = "; ".join(f"{name}: {why}" for name, why in reasons.items())
         return None, f"host: ComfyUI's own attention stays, none of Ark's kernels gains on {hardware.name} ({listed})."  # fmt: skip
+    if device is None or shape is None or dtype is None:
+        raise ValueError('"auto" measures: it needs a device, a shape and a dtype.')
     table = measured_kernels(hardware, device, shape, dtype)
     listed = "\n".join(map(str, table))
     if not table or table[0].problem:

@@ -98,7 +98,8 @@ class Console:
     """
 
     def __init__(self, args: argparse.Namespace, start: float):
-        self._json, self._start, self._bar = args.json, start, None
+        self._json, self._start = args.json, start
+        self._bar: Any = None
         self._made: list[dict[str, Any]] = []
         self._load: dict[str, Any] = {}
         self._compiler: Any = None

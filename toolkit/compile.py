@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from . import traces
-from .embedded import cache_folder
+from .cache import cache_folder
 from .hardware import Hardware
 
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
@@ -140,7 +140,7 @@ class Compiler:
         self.wait()
         start, found = time.perf_counter(), _hits(counters)
         options = {} if self.mode == "default" else list_mode_options(self.mode)
-        compiled = compile_fx(graph, inputs, config_patches=options)
+        compiled: Any = compile_fx(graph, inputs, config_patches=options)
         self.graphs += 1
         self._fresh |= _hits(counters) == found
         self.seconds += time.perf_counter() - start
@@ -238,7 +238,9 @@ class Compiled:
             self._traced = self._traced or torch.compile(self._function, backend=self._compiler.backend)  # fmt: skip
             return self._traced(*args, **kwargs)
         if self._traced is None:
-            options = {"guard_filter_fn": lambda guards: self._draft.guarded(guards)}
+            options: dict[str, Any] = {
+                "guard_filter_fn": lambda guards: self._draft.guarded(guards)
+            }
             self._traced = torch.compile(self._function, backend=self._backend, options=options)
         graphs, state = self._compiler.graphs, traces.state()
         self._draft = draft = traces.Draft()
@@ -276,6 +278,36 @@ def compiler(mode: str, hardware: Hardware, model: str, kernel: str) -> Compiler
     parts = (torch.__version__, versions.get("triton"), hardware.name, model, kernel, mode)
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return Compiler(mode, cache_folder() / "compiled" / digest)
+
+
+def unsuited(mode: str, hardware: Hardware, kernel: str, fp8: bool) -> tuple[str, str] | None:
+    """Why a mode cannot work on a machine with an attention kernel, and what can; None if it can.
+
+    Args:
+        mode: one of MODES.
+        hardware: the card.
+        kernel: the attention kernel's name.
+        fp8: whether weights are in it.
+    """
+    if kernel.startswith("sage") and getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False):  # fmt: skip
+        return (
+            "SageAttention, fp16 accumulation and compiling together give noise.",
+            "Start ComfyUI without --fast fp16_accumulation, choose another kernel, or set compile to off.",
+        )
+    if fp8 and (0, 0) < hardware.compute_capability < (8, 9):
+        return (
+            f"{hardware.name} cannot compile fp8 weights.",
+            "Use the bf16 file, or set compile to off.",
+        )
+    if mode == "reduce-overhead":
+        if hardware.device_type != "cuda":
+            return f"reduce-overhead records CUDA graphs, this is {hardware.name}.", "Choose default."  # fmt: skip
+        if torch.cuda.get_allocator_backend() == "cudaMallocAsync":
+            return (
+                "reduce-overhead records CUDA graphs, which cudaMallocAsync does not allow.",
+                "Start ComfyUI with --disable-cuda-malloc, or choose default.",
+            )
+    return None
 
 
 def any_length(tensor: torch.Tensor, dim: int) -> None:

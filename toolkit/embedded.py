@@ -9,28 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from .cache import cache_folder
+
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 COMPACT = ASSETS / "ark_tiny_qwen3.compact.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
 VOCAB_SIZE = 151936  # rows of Qwen3's table, counting those that no token uses
-
-
-def cache_folder() -> Path:
-    """Ark's folder in the user's cache: ARK_CACHE_DIR, else the system's usual place."""
-    if chosen := os.environ.get("ARK_CACHE_DIR"):
-        return Path(chosen)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "ark"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "ark"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ark"
 
 
 def expand_text_encoder(compact: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

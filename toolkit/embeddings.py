@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from .embedded import cache_folder
+from .cache import cache_folder
 from .whole_file import write_whole
 
 FOLDER = "embeddings"
@@ -160,7 +160,7 @@ def checksum(tensors: Tensors) -> int:
     found = 0
     for name, tensor in sorted(tensors.items()):
         found = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), found)
-        found = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy(), found)
+        found = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data, found)
     return found
 
 

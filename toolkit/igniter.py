@@ -168,7 +168,7 @@ def bytes_of(file: ModelFile, in_memory: int) -> torch.Tensor:
 def _read(file: ModelFile) -> torch.Tensor:
     """The whole file in memory, [size] uint8."""
     flat = torch.empty(file.size, dtype=torch.uint8)
-    buffer, done = memoryview(flat.numpy()), 0
+    buffer, done = flat.numpy().data, 0
     with file.path.open("rb", buffering=0) as source:
         while done < file.size and (count := source.readinto(buffer[done:])):
             done += count
@@ -177,7 +177,7 @@ def _read(file: ModelFile) -> torch.Tensor:
 
 def _map(file: ModelFile) -> torch.Tensor:
     """The whole file as a private mapping, [size] uint8: writing to it changes memory, never the file."""
-    storage = torch.UntypedStorage.from_file(str(file.path), False, file.size)
+    storage: Any = torch.UntypedStorage.from_file(str(file.path), False, file.size)
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (file.size,), (1,))
 
 

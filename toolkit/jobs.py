@@ -20,7 +20,13 @@ REFERENCE_AREA = 1024 * 1024  # px; diffusers reduces larger references to it
 REFERENCE_SIDE = 64  # px at least, diffusers' limit
 REFERENCE_RATIO = 8  # longer to shorter side at most, diffusers' limit
 ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # EXIF: how a camera was held
-FIELDS = {"prompt": str, "seed": int, "size": str, "steps": int, "image": (str, list)}
+FIELDS: dict[str, Any] = {
+    "prompt": str,
+    "seed": int,
+    "size": str,
+    "steps": int,
+    "image": (str, list),
+}
 
 
 @dataclass(frozen=True)

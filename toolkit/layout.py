@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
 from .header import TensorEntry
 
 ALIGNMENT = 256  # bytes; what torch's own allocator gives each tensor
+Key = TypeVar("Key")  # what tensors are known by: names, or their first bytes in the file
 KEEP = 16  # bytes; the alignment that matrix kernels need, below which a tensor starts a new run
 
 
@@ -29,7 +31,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(Generic[Key]):
     """A flat buffer for some tensors of one file.
 
     Attributes:
@@ -40,11 +42,11 @@ class Layout:
     """
 
     nbytes: int
-    entries: Mapping[str, TensorEntry]
-    offsets: Mapping[str, int]
+    entries: Mapping[Key, TensorEntry]
+    offsets: Mapping[Key, int]
     runs: tuple[Run, ...]
 
-    def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    def views(self, flat: torch.Tensor) -> dict[Key, torch.Tensor]:
         """The tensors as views of the filled buffer [nbytes] uint8."""
         return {
             name: flat[start : start + entry.nbytes].view(entry.dtype).view(entry.shape)
@@ -59,7 +61,7 @@ class Layout:
                 yield Run(run.source + done, run.target + done, min(size, run.nbytes - done))
 
 
-def plan_layout(entries: Mapping[str, TensorEntry]) -> Layout:
+def plan_layout(entries: Mapping[Key, TensorEntry]) -> Layout[Key]:
     """Lay tensors out in the order of their bytes, neighbours together, each aligned.
 
     Args:
@@ -69,7 +71,7 @@ def plan_layout(entries: Mapping[str, TensorEntry]) -> Layout:
         The layout; of a whole file with well aligned tensors it has one run.
     """
     ordered = sorted(entries.items(), key=lambda item: item[1].start)
-    offsets: dict[str, int] = {}
+    offsets: dict[Key, int] = {}
     runs: list[Run] = []
     for name, entry in ordered:
         last = runs[-1] if runs else Run(0, 0, 0)

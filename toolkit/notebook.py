@@ -7,7 +7,7 @@ import json
 import os
 from typing import Any
 
-from .embedded import cache_folder
+from .cache import cache_folder
 
 
 def recall(book: str, key: str) -> Any:

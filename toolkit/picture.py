@@ -38,6 +38,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     from PIL import Image
 
     try:
+        image: Any
         with Image.open(path) as image:
             found = json.loads(image.text[SETTINGS])
     except (OSError, ValueError, KeyError, AttributeError, SyntaxError):

@@ -88,7 +88,7 @@ class Network:
 
     def enlarge(self, x: torch.Tensor, conv: Conv) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Twice the size, and the convolution that follows; and moments where they cost nothing."""
-        if self.choices.fold:
+        if self.choices.fold and conv.folded is not None:
             return self.operations.interleave(self.convolve(x, conv.folded))
         x = F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2.0, mode="nearest")
         return self.convolve(x.permute(0, 2, 3, 1).contiguous(), conv.weight), None
@@ -138,7 +138,8 @@ class Network:
             shift = block.conv2.bias if x.shift is None else block.conv2.bias + x.shift
             found = [self.operations.add(x.rows(*band), outer(band), shift) for band in bands]
             moments = found[0] if len(found) == 1 else torch.cat(found, 1)
-            return Pixels(x.data, None, moments)
+            lasting: Any = x  # what has no shortcut is not computed on demand
+            return Pixels(lasting.data, None, moments)
         weight, shift = block.shortcut.weight, block.conv2.bias + block.shortcut.bias
         if x.shift is not None:
             shift = shift + weight.float() @ x.shift
@@ -165,7 +166,8 @@ class Network:
         """Attention of one head, all of them [N, C]."""
         kind, plain = self.choices.attention, not q.is_cuda or q.dtype == torch.float32
         if kind == "sdpa" or (kind == "rows" and not plain and not hasattr(torch.ops.aten.mm, "dtype")):  # fmt: skip
-            return F.scaled_dot_product_attention(*(t[None, None] for t in (q, k, v)))[0, 0]
+            q, k, v = (t[None, None] for t in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v)[0, 0]
         wide = kind == "rows" and not plain
         one = max(1, SCORES // (4 * len(q)))
         rows = one // 128 * 128 or one  # whole tiles of a matrix
@@ -201,7 +203,7 @@ def collect(size: Sequence[int], bands: list[Band], work: Callable[[Band], torch
     """What `work` makes of all bands: pixels of a size."""
     if len(bands) == 1:
         return work(bands[0])
-    out = None
+    out: Any = None
     for top, bottom in bands:
         part = work((top, bottom))
         out = part.new_empty(size) if out is None else out

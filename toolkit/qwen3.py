@@ -89,7 +89,7 @@ def hidden_states(
     states = x.new_empty(batch, length, len(taps), width)
     table = rotary_table(length, x.device)
     bias = attention_bias(present, layers[0].q.dtype)
-    result = None  # of what was computed last, still to be added
+    result: Any = None  # of what was computed last, still to be added
     for number, layer in enumerate(layers[: max(taps)]):
         h = operations.add_norm(x, result, layer.attn_norm, EPS, layer.q.dtype)
         if number in taps:

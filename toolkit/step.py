@@ -81,7 +81,10 @@ class Weights:
 
     def addresses(self) -> tuple[int, ...]:
         """Where everything lies: the same while nothing was replaced."""
-        blocks = [*(stream for streams in self.double for stream in streams), *self.single]
+        blocks: list[Any] = [
+            *(stream for streams in self.double for stream in streams),
+            *self.single,
+        ]
         parts = [getattr(block, field.name) for block in blocks for field in fields(block)]
         parts += [self.img_in, self.txt_in, *self.time_in, self.txt_mod, self.img_mod]
         parts += [self.single_mod, self.final_mod, self.final]
@@ -189,12 +192,14 @@ class _Step:
 
     def single(self, h: Activations, block: SingleBlock) -> torch.Tensor:
         """A single block: `h` is the residual, modulated for it; returns what is to be added, [count, C]."""
-        z = block.linear_in(h)
+        linear_in: Any = block.linear_in
+        z = linear_in(h)
         width = 3 * block.linear_out.features
         norms = (weight.expand(2, -1) for weight in (block.q_norm, block.k_norm))
         fp8 = block.linear_out.quantises
         attention = self._attend(z[:, :width], norms, z.dtype, fp8)
-        return block.linear_out(self.ops.swiglu(z[:, width:], self.rows, attention, fp8))
+        linear_out: Any = block.linear_out  # takes what it `quantises` to
+        return linear_out(self.ops.swiglu(z[:, width:], self.rows, attention, fp8))
 
     def _attend(
         self, qkv: torch.Tensor, norms: Iterable[torch.Tensor], dtype: torch.dtype, fp8: bool

@@ -6,6 +6,7 @@ import contextlib
 import signal
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 
@@ -21,7 +22,8 @@ class Stop:
 
     def __init__(self, say: Callable[[], None] = lambda: None):
         self.asked: int | None = None  # the signal's number
-        self._say, self._before = say, {}
+        self._say = say
+        self._before: dict[int, Any] = {}  # handlers by signal
 
     def check(self) -> None:
         """Raise KeyboardInterrupt, or SystemExit for another signal, if one has come."""

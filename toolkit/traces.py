@@ -7,6 +7,7 @@ there. All of that is looked at again before each use, so a trace serves the cal
 
 from __future__ import annotations
 
+import ast
 import builtins
 import enum
 import functools
@@ -32,6 +33,16 @@ EXACT = (
     "DUPLICATE_INPUT",
 )  # guards whose own words count
 TORCH = str(Path(torch.__file__).parent)
+# What torch's guards and their conditions are written in.
+EXPRESSIONS = (
+    *(ast.Name, ast.Constant, ast.Attribute, ast.Subscript, ast.Slice, ast.Tuple, ast.List, ast.Dict, ast.Set),
+    *(ast.Call, ast.keyword, ast.IfExp, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Compare),
+    *(ast.expr_context, ast.boolop, ast.operator, ast.unaryop, ast.cmpop),
+)  # fmt: skip
+BUILTINS = {
+    kind.__name__: kind
+    for kind in (abs, bool, bytes, dict, float, frozenset, getattr, hasattr, id, int, isinstance, len, list, max, min, range, set, str, sum, tuple, type)
+}  # fmt: skip
 
 
 class Unkept(Exception):
@@ -151,7 +162,7 @@ class Look:
             _tuple_of(places, scope)
             for places in (trace.inputs, trace.tensors, trace.facts, trace.conditions, *(kinds[k] for k in ("value", "code", "other")))
         )  # fmt: skip
-        self._filled = eval(f"lambda L: {' or '.join(kinds['empty']) or None}", dict(scope))
+        self._filled = _function(" or ".join(kinds["empty"]) or "None", scope)
         self._state = _state_guard()
         self._state.__setstate__(trace.state)
         self._free = [free for free, _ in trace.tensors.values()]
@@ -194,7 +205,7 @@ class Look:
 class Draft:
     """Collects a trace while torch compiles a call for the first time."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._open = True
         self._graphs: list[tuple[list[str], Callable]] = []
         self._guards: list[Any] = []
@@ -236,8 +247,8 @@ class Draft:
         if not all(inputs) or getattr(run, "serialize", None) is None:
             raise Unkept("torch cannot write this graph")
         several = result if isinstance(result, tuple) else (result,)
-        numbers = [next((i for i, o in enumerate(outputs) if o is r), None) for r in several]
-        if None in numbers:
+        numbers = [i for r in several for i in [i for i, o in enumerate(outputs) if o is r][:1]]
+        if len(numbers) < len(several):
             raise Unkept("it returns more than the graph does")
         tensors, facts, conditions = self._sort(function, call)
         files = {path: file_digest(path) for path in sorted(self._files) if not path.startswith((TORCH, "<"))}  # fmt: skip
@@ -263,7 +274,10 @@ class Draft:
     def _sort(self, function: Callable, call: dict[str, Any]) -> tuple[dict, dict, list[str]]:
         """Tensors, facts and conditions from the guards."""
         scope = {"G": Globals(function.__globals__), "torch": torch}
-        tensors, facts, conditions, nested = {}, {}, {}, []
+        tensors: dict[str, tuple] = {}
+        facts: dict[str, Any] = {}
+        conditions: dict[str, None] = {}
+        nested: list[str] = []
         for guard in self._guards:
             own = guard.orig_guard
             if guard.guard_type in EXACT:
@@ -332,7 +346,7 @@ def fact(value: Any) -> tuple:
     Returns:
         First its kind: "value", "empty" (a container), "code" (what lives as long as its module), or "other".
     """
-    kind = type(value)
+    kind: Any = type(value)
     if kind in PLAIN:
         return "value", value, kind.__name__
     if isinstance(value, (dict, list, tuple)):
@@ -348,7 +362,7 @@ def fact(value: Any) -> tuple:
     if kind is types.MethodType:  # made anew at each look
         return "other", *fact(value.__func__)
     if isinstance(value, CODE):
-        if kind is types.FunctionType:
+        if isinstance(value, types.FunctionType):
             return "code", *_place(value)
         return "code", _class_fact(value) if isinstance(value, type) else _class_fact(kind), value.__name__  # fmt: skip
     name = value.name if isinstance(value, enum.Enum) else getattr(value, "__name__", None)
@@ -379,7 +393,7 @@ def _place(function: types.FunctionType) -> tuple:
 
 
 @functools.lru_cache
-def _class_fact(kind: type) -> str:
+def _class_fact(kind: Any) -> str:
     """A class and where its methods were written, so that one that was replaced is seen."""
     methods = [
         (name, _place(value))
@@ -393,13 +407,28 @@ def _class_fact(kind: type) -> str:
 
 
 @functools.lru_cache
-def _attributes(kind: type) -> frozenset[str]:
+def _attributes(kind: Any) -> frozenset[str]:
     """What an instance may hide of its class."""
     return frozenset(dir(kind))
 
 
 def _tuple_of(places: Any, scope: dict[str, Any]) -> Callable[[dict], tuple]:
-    return eval(f"lambda L: ({''.join(f'{place},' for place in places)})", dict(scope))
+    return _function(f"({''.join(f'{place},' for place in places)})", scope)
+
+
+def _function(expression: str, scope: dict[str, Any]) -> Callable[[dict], Any]:
+    """A function of a call's arguments `L`; the expression looks at things and compares them, and can do nothing else.
+
+    Raises:
+        Unkept: it could.
+    """
+    tree: Any = ast.parse(f"lambda L: {expression}", mode="eval")
+    for node in ast.walk(tree.body.body):
+        if not isinstance(node, EXPRESSIONS):
+            raise Unkept(f"guards with a {type(node).__name__}")
+    code = compile(tree, "<guards>", "eval").co_consts
+    (function,) = (constant for constant in code if isinstance(constant, types.CodeType))
+    return types.FunctionType(function, {**scope, "__builtins__": BUILTINS})
 
 
 def _first_difference(places: Any, expected: list, found: list) -> str:

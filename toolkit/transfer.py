@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,27 +82,43 @@ def transfer(
     storage, link = probe_storage(file), link_rate(device)
     target = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
     passed_over: dict[str, str] = {}
-    for path, why in ranked_paths(file, layout, device, storage, link):
-        reason = path.unavailable(file, device, storage)
-        if reason is None:
-            start, fresh = time.perf_counter(), not path.ready(file, layout)
-            try:
-                path.copy(file, layout, target, storage, advance)
-            except (TransferFailed, OSError) as error:
-                reason = str(error)
-            else:
-                seconds = time.perf_counter() - start
-                file.check_unchanged()  # so no byte belongs to another state of the file
-                if fresh:
-                    remember_rate(device, storage, path.name, layout.nbytes, seconds)
-                why = "; ".join([why, *(f"not {n}: {text}" for n, text in passed_over.items())])
-                report = TransferReport(
-                    file.path.name, path.name, why, layout.nbytes, seconds, link
-                )
-                log.info("Ark igniter: %s", report)
-                return target, report
-        passed_over[path.name] = reason
+    for path, why in usable_paths(file, layout, device, storage, link, passed_over):
+        start, fresh = time.perf_counter(), not path.ready(file, layout)
+        try:
+            path.copy(file, layout, target, storage, advance)
+        except (TransferFailed, OSError) as error:
+            passed_over[path.name] = str(error)
+            continue
+        seconds = time.perf_counter() - start
+        file.check_unchanged()  # so no byte belongs to another state of the file
+        if fresh:
+            remember_rate(device, storage, path.name, layout.nbytes, seconds)
+        why = with_passed_over(why, passed_over)
+        report = TransferReport(file.path.name, path.name, why, layout.nbytes, seconds, link)
+        log.info("Ark igniter: %s", report)
+        return target, report
     raise TransferFailed("; ".join(f"{name}: {text}" for name, text in passed_over.items()))
+
+
+def usable_paths(
+    file: ModelFile,
+    layout: Layout,
+    device: torch.device,
+    storage: Storage,
+    link: float | None,
+    passed_over: dict[str, str],
+) -> Iterator[tuple[TransferPath, str]]:
+    """The ranked paths that can serve, each with the reason for its place; why the others cannot goes to `passed_over`."""
+    for path, why in ranked_paths(file, layout, device, storage, link):
+        if (reason := path.unavailable(file, device, storage)) is None:
+            yield path, why
+        else:
+            passed_over[path.name] = reason
+
+
+def with_passed_over(why: str, passed_over: dict[str, str]) -> str:
+    """A path's reason with those against the paths before it."""
+    return "; ".join([why, *(f"not {name}: {text}" for name, text in passed_over.items())])
 
 
 def ranked_paths(

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from ark.toolkit import traces
+from ark.toolkit.traces import Unkept
+
 PACK_PARENT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")  # fmt: skip
 BLOCKS = """
@@ -148,3 +151,20 @@ def test_a_damaged_trace_is_said_and_traced_anew(folder):
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     found, said = run(folder, CODE)
     assert found == [True, 2, 0] and said.count("is damaged and not used") == 3
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["__import__('os')", "open('x')", "(lambda: 1)()", "[x for x in L]", "(x := 1)", "eval('1')"],
+)
+def test_guards_can_only_look(expression):
+    with pytest.raises((Unkept, NameError)):
+        traces._function(expression, {"L": {}})({})
+
+
+def test_guards_look_at_places_and_compare():
+    class Thing:
+        sizes = (3, 4)
+
+    look = traces._function("2 <= L['x'].sizes[1] and not hasattr(L['x'], 'y')", {})
+    assert look({"x": Thing()}) is True

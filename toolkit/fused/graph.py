@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ class Graphs:
             self.why_not = "cudaMallocAsync does not allow it, --disable-cuda-malloc does"
         self._seen: set[Hashable] = set()
         self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
-        self._pool: tuple | None = None  # one memory for all: they never run at the same time
+        self._pool: Any = None  # one memory for all: they never run at the same time
 
     def run(self, key: Hashable, function: Function, *inputs: torch.Tensor) -> torch.Tensor:
         """Call a function, or replay what it did.
@@ -76,7 +77,7 @@ class Graphs:
 class _Recorded:
     """One recording and the buffers that it reads and writes."""
 
-    def __init__(self, function: Function, inputs: tuple[torch.Tensor, ...], pool: tuple):
+    def __init__(self, function: Function, inputs: tuple[torch.Tensor, ...], pool: Any):
         self.inputs = tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):

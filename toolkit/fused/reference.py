@@ -38,7 +38,7 @@ def modulate(
         `norm(x) * (1 + scale) + shift`, [count, C].
     """
     wide = x.float()
-    if y is not None:
+    if y is not None and gate is not None:
         wide = wide + y.float() * rows.spread(gate).float()
         x.copy_(wide)
         wide = x.float()

@@ -58,7 +58,8 @@ class Runner:
         hardware = probe_hardware(device)
         if precision == "fp8" and (0, 0) < hardware.compute_capability < (8, 9):
             raise InputError(f"{hardware.name} has no fp8 arithmetic.", "Set precision to bf16.")
-        self.device, self.precision, self.reasons = device, precision, set()
+        self.device, self.precision = device, precision
+        self.reasons: set[str] = set()
         self.operations, self.how = operations_for(device)
         self.graphs = Graphs()
         self._made: dict[int, tuple[tuple[weakref.ref, ...], Any]] = {}  # by the first tensor's id
@@ -120,7 +121,7 @@ class Runner:
                 self._check(part, like)
             return self._keep(parts, lambda: Fp8.of(torch.cat([part.to(like.dtype) for part in parts]), self.operations.quantise))  # fmt: skip
         whole = tuple(self.plain(part, like) for part in parts)
-        return Joined(whole) if len(whole) > 1 else Plain(*whole)
+        return Joined(whole) if len(whole) > 1 else Plain(whole[0])
 
     def matrix_of_file(self, like: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> Fp8:
         """A block's matrix that is in fp8 already.
@@ -169,7 +170,7 @@ def operations_for(device: torch.device) -> tuple[Any, str]:
         return reference, f"operations in plain torch on {device.type}"
     try:
         return importlib.import_module(".fast", __package__), "operations in Triton"
-    except ImportError as error:
+    except Exception as error:  # a Triton that is broken raises whatever it likes
         return reference, f"operations in plain torch, which is slower ({error})"
 
 

@@ -99,11 +99,11 @@ def swiglu(
 ) -> Activations:
     """As `reference.swiglu`; the last dimension of both contiguous."""
     scaled = attention if isinstance(attention, Scaled) else None
-    attention = scaled.data if scaled else attention
-    width, attention_width = gate_up.shape[1] // 2, 0 if attention is None else attention.shape[2]
+    values = attention.data if isinstance(attention, Scaled) else attention
+    width, attention_width = gate_up.shape[1] // 2, 0 if values is None else values.shape[2]
     out = gate_up.new_empty(rows.count, attention_width + width, dtype=FP8 if fp8 else None)
-    steps = (0, 0) if attention is None else attention.stride()[:2]
-    attention = gate_up if attention is None else attention
+    steps = (0, 0) if values is None else values.stride()[:2]
+    attention = gate_up if values is None else values
     sizes = gate_up.stride(0), *steps, attention_width, width, rows.txt, rows.txt_len, rows.img_len
     if not fp8:
         grid = (rows.count, triton.cdiv(out.shape[1], BLOCK))

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -100,7 +101,7 @@ def _writable_alias(mapped: mmap.mmap) -> ctypes.Array:
     import numpy
 
     view = numpy.frombuffer(mapped, dtype=numpy.uint8)
-    alias = (ctypes.c_uint8 * len(mapped)).from_address(view.ctypes.data)
+    alias: Any = (ctypes.c_uint8 * len(mapped)).from_address(view.ctypes.data)
     alias.owner = view  # keeps the mapping alive
     return alias
 

@@ -245,7 +245,7 @@ def _read(file: ModelFile, source: FileIO, run: Run, slot: torch.Tensor) -> torc
     """Read whole pages around a piece; returns the piece as a view of the slot."""
     lead = run.source % PAGE
     wanted, done = lead + run.nbytes, 0
-    memory = memoryview(slot.numpy())[: -(-wanted // PAGE) * PAGE]
+    memory = slot.numpy().data[: -(-wanted // PAGE) * PAGE]
     source.seek(run.source - lead)
     while done < wanted:
         count = source.readinto(memory[done:])

@@ -60,6 +60,7 @@ const KINDS = {
   ArkTextEncode: (state) => [say(SOURCES[state.source], { time: time(state.ms) })],
   ArkPrewarm: (state) => [say("warm", { count: state.sizes, time: time(state.seconds * 1000) })],
   ArkReport: (state) => state.lines,
+  ArkDoctor: (state) => state.lines,
 };
 
 /** How many lines a node has room for before it scrolls. */
@@ -70,6 +71,7 @@ export const ROOM = {
   ArkTextEncode: 1,
   ArkPrewarm: 1,
   ArkReport: 5,
+  ArkDoctor: 12,
 };
 
 /** The lines of a node; without a state one that says so. */

@@ -1,0 +1,49 @@
+// Puts Ark Doctor on the canvas of a ComfyUI in headless Chromium, queues it and presses its button.
+// node copy_report.mjs URL CHROMIUM SCREENSHOT.png : prints one line of JSON with what it saw.
+import { createRequire } from "node:module";
+
+const [url, chromium, screenshot] = process.argv.slice(2);
+const { chromium: browserType } = createRequire(import.meta.url)(process.env.PLAYWRIGHT_CORE || "playwright-core");
+const seen = { errors: [] };
+const browser = await browserType.launch({
+  executablePath: chromium,
+  args: ["--no-sandbox", "--disable-gpu", "--no-proxy-server", "--disable-background-networking", "--no-first-run"],
+});
+try {
+  const context = await browser.newContext({ viewport: { width: 1400, height: 900 } });
+  await context.grantPermissions(["clipboard-read", "clipboard-write"], { origin: url });
+  const page = await context.newPage();
+  page.on("pageerror", (error) => seen.errors.push(error.stack || error.message));
+  await page.goto(url, { waitUntil: "domcontentloaded", timeout: 60000 });
+  await page.waitForFunction(() => window.app?.graph && window.LiteGraph?.registered_node_types?.ArkDoctor, null, {
+    timeout: 60000,
+  });
+  seen.before = await page.evaluate(async () => {
+    app.graph.clear();
+    window.doctor = LiteGraph.createNode("ArkDoctor");
+    doctor.pos = [300, 300];
+    app.graph.add(doctor);
+    doctor.widgets[0].value = false; // measure nothing
+    window.button = doctor.widgets.find((widget) => widget.name === "copy_report");
+    await button.callback();
+    return button.label;
+  });
+  seen.saved = await page.evaluate(() => app.graph.serialize().nodes[0].widgets_values);
+  seen.prompt = (await page.evaluate(() => app.graphToPrompt())).output;
+  seen.report = await page.evaluate(async () => {
+    const ended = new Promise((resolve) => {
+      app.api.addEventListener("executed", (event) => resolve(event.detail.output.text[0]));
+      setTimeout(() => resolve("timeout"), 120000);
+    });
+    await app.queuePrompt(0);
+    return ended;
+  });
+  seen.after = await page.evaluate(() => button.callback().then(() => button.label));
+  seen.clipboard = await page.evaluate(() => navigator.clipboard.readText());
+  await page.evaluate(() => Object.defineProperty(navigator, "clipboard", { value: undefined })); // as over plain http
+  seen.without = await page.evaluate(() => button.callback().then(() => button.label));
+  await page.screenshot({ path: screenshot });
+} finally {
+  await browser.close();
+}
+console.log(JSON.stringify(seen));

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..patches.attention import set_attention
 from ..patches.compile import CHOICES as COMPILE
 from ..patches.compile import set_compile
-from ..patches.fused import PRECISIONS, remove_fused, set_fused
+from ..patches.fused import PRECISIONS, engine_of, remove_fused, set_fused
 from ..patches.state import settings_of
 from ..toolkit.errors import InputError
 from ..toolkit.kernels import KERNELS
@@ -17,7 +17,7 @@ from . import live
 from .schema import schema
 
 ATTENTION = ["auto", *KERNELS, "none"]
-ENGINES = ["host", "fused"]
+ENGINES = ["auto", "host", "fused"]
 
 
 class ArkSageCombustion(io.ComfyNode):
@@ -46,7 +46,7 @@ class ArkSageCombustion(io.ComfyNode):
                     default="auto",
                     tooltip="auto: measures every kernel that runs on this card once and takes the fastest that passes a "
                     "check against fp32. sage...: SageAttention, slightly lossy, if installed. kitchen_int8: comfy-kitchen's, "
-                    "slightly lossy. cudnn, flash, efficient, math: torch's. flash3, flash4: FlashAttention, if installed. "
+                    "slightly lossy. cudnn_fp8: cuDNN's in fp8, lossy, only by name, if nvidia-cudnn-frontend is installed. cudnn, flash, efficient, math: torch's. flash3, flash4: FlashAttention, if installed. "
                     "none: ComfyUI's own, also cancelling an earlier override.",
                 ),
                 io.Combo.Input(
@@ -62,9 +62,10 @@ class ArkSageCombustion(io.ComfyNode):
                 io.Combo.Input(
                     "engine",
                     options=ENGINES,
-                    default="host",
+                    default="auto",
                     optional=True,
-                    tooltip="host: ComfyUI's own code runs the model. fused: Ark's step of few, large kernels, with nothing to "
+                    tooltip="auto: fused where its kernels run, on NVIDIA GPUs with Triton, unless blocks are compiled; else host. "
+                    "host: ComfyUI's own code runs the model. fused: Ark's step of few, large kernels, with nothing to "
                     "compile; what it does not know (ControlNet, patches of other nodes) still runs on ComfyUI's code.",
                 ),
                 io.Combo.Input(
@@ -86,7 +87,7 @@ class ArkSageCombustion(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, attention: str, compile: str = "off", engine: str = "host", precision: str = "bf16"
+        cls, attention: str, compile: str = "off", engine: str = "auto", precision: str = "bf16"
     ) -> bool | str:
         """Older hosts do not check V3 combos."""
         for name, value, known in (
@@ -105,10 +106,13 @@ class ArkSageCombustion(io.ComfyNode):
         model,
         attention: str,
         compile: str = "off",
-        engine: str = "host",
+        engine: str = "auto",
         precision: str = "bf16",
     ) -> io.NodeOutput:
         """Patch a clone."""
+        asked = engine
+        if engine == "auto":
+            engine, why = engine_of(model, compile != "off", precision)
         if engine == "fused" and compile != "off":
             raise InputError("The fused engine has nothing to compile.", "Set compile to off, or engine to host.")  # fmt: skip
         if engine == "host" and precision != "bf16":
@@ -119,6 +123,8 @@ class ArkSageCombustion(io.ComfyNode):
         patched, more = (
             set_fused(patched, precision) if engine == "fused" else (remove_fused(patched), "")
         )
+        if asked == "auto" and engine == "host":
+            more = f"engine: host, as {why}."
         report = f"{report}\n{more}" if more else report
         live.show(live.place(cls), {**dataclasses.asdict(settings_of(patched)), "why": report})
         return io.NodeOutput(patched, report, ui={"text": [report]})

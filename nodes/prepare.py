@@ -14,6 +14,8 @@ import time
 import comfy.model_management
 import folder_paths
 
+from ..patches.attention import set_attention
+from ..patches.fused import engine_of, set_fused
 from ..patches.text_encoder import klein_tokenizer, load_text_encoder
 from ..patches.transformer import load_transformer
 from ..patches.vae import load_vae
@@ -39,7 +41,7 @@ def prepare_in_background() -> None:
 def prepare() -> None:
     """Open what the loader would offer first, which warms CUDA up for its dimensions, and build the tokenizer meanwhile.
 
-    What was compiled last is read, too.
+    What was compiled last is read, too, and the kernels of the fused engine are loaded if that is what a model gets.
     """
     try:
         device = comfy.model_management.get_torch_device()
@@ -56,6 +58,8 @@ def prepare() -> None:
         time.sleep(LATER)
         if not _busy():
             read_ahead()
+        if not _busy() and engine_of(model, False, "bf16")[0] == "fused":
+            set_fused(set_attention(model, "auto")[0])  # which has its kernels loaded
     except Exception as error:  # whoever loads a model meets it again, and says so
         log.debug("Ark could not prepare (%s).", error)
 

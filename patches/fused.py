@@ -17,12 +17,12 @@ import torch
 
 from ..toolkit.errors import InputError
 from ..toolkit.fused.matrix import Matrix, Plain
-from ..toolkit.fused.runner import COMPUTED, PRECISIONS, Runner, Unknown
+from ..toolkit.fused.runner import COMPUTED, PRECISIONS, Runner, Unknown, choose_engine
 from ..toolkit.step import SingleBlock, Stream, Weights
 from .guard import OVERRIDE, PLAIN, add_guard
 from .warmup import warm_up
 
-__all__ = ["PRECISIONS", "remove_fused", "set_fused"]
+__all__ = ["PRECISIONS", "engine_of", "remove_fused", "set_fused"]
 DIFFUSION_MODEL = "diffusion_model"  # the host's WrappersMP.DIFFUSION_MODEL
 FORWARD = "forward_orig"  # the host's method that takes tokens
 ON_DETACH = "on_detach_after"  # the host's CallbacksMP.ON_DETACH
@@ -75,6 +75,26 @@ def set_fused(model: Any, precision: str = "bf16") -> tuple[Any, str]:
     why_not = engine.runner.graphs.why_not
     graphs = f", no CUDA graph ({why_not})" if why_not else ""
     return clone, f"engine: fused, {precision}, {engine.runner.how}{graphs}."
+
+
+def engine_of(model: Any, compiled: bool, precision: str) -> tuple[str, str]:
+    """The engine that a MODEL gets if nobody says, "fused" or "host", and why.
+
+    Args:
+        model: the host's ModelPatcher of a FLUX.2 model.
+        compiled: whether its blocks are.
+        precision: that was asked for, see `Runner`.
+    """
+    base, flux = model.model, model.model.diffusion_model
+    if compiled:
+        return "host", "its blocks are compiled"
+    if precision != "bf16":
+        return "fused", f"{precision} is its"
+    if not getattr(getattr(flux, "params", None), "global_modulation", False):
+        return "host", f"{type(flux).__name__} is not FLUX.2-Klein"
+    if (dtype := base.manual_cast_dtype or base.get_dtype()) not in COMPUTED:
+        return "host", f"the fused engine does not compute in {dtype}"
+    return choose_engine(torch.device(model.load_device))
 
 
 def remove_fused(clone: Any) -> Any:

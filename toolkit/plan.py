@@ -13,8 +13,7 @@ from .architecture import HEAD_DIM, USUAL_HEADS, USUAL_TOKENS
 from .combustion import select_attention_kernel
 from .compile import MODES, unsuited
 from .errors import InputError
-from .fused import reference
-from .fused.runner import Runner
+from .fused.runner import Runner, choose_engine
 from .hardware import probe_hardware
 from .header import read_header
 from .igniter import IN_MEMORY
@@ -97,13 +96,14 @@ def _attention(device: torch.device, measure: bool) -> tuple[str, str]:
 
 
 def _engine(device: torch.device, broken: str | None) -> tuple[str, str]:
-    runner = Runner(device, "bf16")
-    if runner.operations is reference:
-        return "host", f"the fused engine would run its {runner.how}"
-    if broken:
+    engine, why = choose_engine(device)
+    if engine == "fused" and broken:
         return "host", f"the fused engine needs Triton, which does not work here: {broken}"
-    graphs = f"no CUDA graph ({runner.graphs.why_not})" if runner.graphs.why_not else "one CUDA graph"  # fmt: skip
-    return "fused", f"{runner.how}, {graphs}, nothing to compile"
+    if engine == "fused":
+        graphs = Runner(device, "bf16").graphs
+        recorded = f"no CUDA graph ({graphs.why_not})" if graphs.why_not else "one CUDA graph"
+        why += f", {recorded}, nothing to compile"
+    return engine, why
 
 
 def _precision(device: torch.device, engine: str) -> tuple[str, str]:

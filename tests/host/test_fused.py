@@ -77,8 +77,8 @@ def test_the_node_renders_with_it(server, fresh_seed: int):
     ("inputs", "message"),
     [
         ({"engine": "fused", "compile": "default"}, "nothing to compile"),
-        ({"precision": "fp8"}, "precision of the fused engine"),
-        ({"engine": "warp"}, "engine: warp is not one of host, fused|not in list"),
+        ({"engine": "host", "precision": "fp8"}, "precision of the fused engine"),
+        ({"engine": "warp"}, "engine: warp is not one of auto, host, fused|not in list"),
     ],
 )
 def test_what_does_not_go_together_is_refused(server, inputs, message):

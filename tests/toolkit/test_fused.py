@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ark.toolkit.fused import reference
 from ark.toolkit.fused.matrix import FP8, Fp8, Plain, quantise, to_fp8
-from ark.toolkit.fused.runner import Runner, Unknown
+from ark.toolkit.fused.runner import Runner, Unknown, choose_engine, operations_for
 from ark.toolkit.step import SingleBlock, Stream, Weights, denoise, rotary_table
 
 KERNELS = "fused_kernels.py", "pixel_kernels.py"
@@ -98,3 +99,19 @@ def test_attention_in_fp8_stays_near(precision, batch):
     assert len(seen) == 6 and all(x.data.dtype == FP8 for x in seen)
     error = float((found - expected).norm() / expected.norm())
     assert 1e-4 < error < 0.06, error
+
+
+def test_kernels_that_do_not_run_are_not_used():
+    device = torch.device("cuda", 99)  # whatever is there, this one is not
+    operations, how = operations_for(device)
+    assert operations is reference and "in plain torch, which is slower (" in how
+    engine, why = choose_engine(device)
+    assert engine == "host" and how in why
+    assert choose_engine(torch.device("cpu"))[0] == "host"
+
+
+@pytest.mark.gpu
+def test_kernels_that_run_are_used():
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert operations_for(device)[1] == "operations in Triton"
+    assert choose_engine(device)[0] == "fused"

@@ -164,14 +164,26 @@ class Runner:
         self.graphs.clear()
 
 
+@functools.lru_cache
 def operations_for(device: torch.device) -> tuple[Any, str]:
-    """What is between the matrices, and a sentence about it: Triton's kernels where they run."""
+    """What is between the matrices, and a sentence about it: Triton's kernels where they compile and run."""
     if device.type != "cuda":
         return reference, f"operations in plain torch on {device.type}"
     try:
-        return importlib.import_module(".fast", __package__), "operations in Triton"
+        fast = importlib.import_module(".fast", __package__)
+        with torch.cuda.device(device):  # a Triton without a C compiler can be imported, too
+            one = torch.ones(1, 64, device=device)
+            fast.add_norm(one, None, one[0], 1e-6, one.dtype)
     except Exception as error:  # a Triton that is broken raises whatever it likes
-        return reference, f"operations in plain torch, which is slower ({error})"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return reference, f"operations in plain torch, which is slower ({reason})"
+    return fast, "operations in Triton"
+
+
+def choose_engine(device: torch.device) -> tuple[str, str]:
+    """What a model is run by on a device if nobody says: "fused" where its kernels run, else "host"; and why."""
+    operations, how = operations_for(device)
+    return ("host", f"the fused engine would run its {how}") if operations is reference else ("fused", how)  # fmt: skip
 
 
 def _attend(kernel: str | None, dtype: torch.dtype) -> tuple[Callable, bool]:

@@ -6,7 +6,6 @@ nothing outlives the server.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import sys
@@ -32,14 +31,12 @@ class Place:
         node: its id in the graph.
         type: its class.
         prompt: the id of the run.
-        key: names the node with all that its result depends on.
     """
 
     graph: str | None
     node: str
     type: str
     prompt: str
-    key: str
 
     def told(self, facts: Facts) -> Facts:
         """Facts as the canvas gets them."""
@@ -47,6 +44,7 @@ class Place:
 
 
 _states: OrderedDict[tuple[str | None, str], tuple[Place, Callable[[], Facts]]] = OrderedDict()
+_keys: dict[tuple[str | None, str], str] = {}  # of the nodes with a state: what it depends on
 _runs: OrderedDict[str, Facts] = OrderedDict()
 
 
@@ -60,35 +58,13 @@ def place(node: type) -> Place | None:
     context = get_executing_context()
     if context is None:
         return None
-    hidden, number = getattr(node, "hidden", None), context.node_id
-    prompt = getattr(hidden, "prompt", None) or {}
-    own = f"{context.prompt_id} {number}"  # of a node that another one put there
-    key = keys_of(prompt)[number] if number in prompt else own
-    kind = node.__name__.removesuffix("Clone")
-    return Place(_graph_of(getattr(hidden, "extra_pnginfo", None)), number, kind, context.prompt_id, key)  # fmt: skip
+    graph = _graph_of(getattr(getattr(node, "hidden", None), "extra_pnginfo", None))
+    return Place(graph, context.node_id, node.__name__.removesuffix("Clone"), context.prompt_id)
 
 
 def _graph_of(png: Any) -> str | None:
     """The name of the graph that the canvas sends along with a prompt, for the picture's file."""
     return ((png or {}).get("workflow") or {}).get("id") if isinstance(png, dict) else None
-
-
-def keys_of(prompt: dict[str, dict]) -> dict[str, str]:
-    """Name each node of a prompt by its class, its inputs, and the names of those that it gets inputs from."""
-
-    @functools.cache
-    def key(number: str) -> str:
-        inputs = {
-            name: [key(str(value[0])), value[1]] if linked(value) else value
-            for name, value in prompt[number]["inputs"].items()
-        }
-        named = json.dumps([prompt[number]["class_type"], inputs], sort_keys=True, default=str)
-        return hashlib.sha256(named.encode()).hexdigest()
-
-    def linked(value: Any) -> bool:
-        return isinstance(value, list) and len(value) == 2 and str(value[0]) in prompt
-
-    return {number: key(number) for number in prompt}
 
 
 def show(where: Place | None, facts: Callable[[], Facts] | Facts) -> None:
@@ -105,7 +81,7 @@ def show(where: Place | None, facts: Callable[[], Facts] | Facts) -> None:
     _states[key] = where, give
     _states.move_to_end(key)
     while len(_states) > KEPT_STATES:
-        _states.popitem(last=False)
+        _keys.pop(_states.popitem(last=False)[0], None)
     if (instance := server()) is not None:
         instance.send_sync(EVENT, where.told(give()))
 
@@ -143,14 +119,44 @@ def everything() -> Facts:
 
 def _take_over() -> None:
     """Nodes that the last prompt took from the host's cache show what they did when they ran, be it in another graph."""
-    known = {where.key: give for where, give in list(_states.values())}
+    known = {key: _states[place] for place, key in list(_keys.items()) if place in _states}
     for _, name, prompt, extra, *_ in (item["prompt"] for item in _history(max_items=1).values()):
         graph = _graph_of(extra.get("extra_pnginfo"))
         for number, key in keys_of(prompt).items():
-            there = _states.get((graph, number))
-            if key in known and (there is None or there[0].key != key):
+            here = graph, number
+            ran = here in _states and _states[here][0].prompt == name
+            if not ran and (key not in known or _keys.get(here) == key):
+                continue
+            if not ran:
                 kind = prompt[number]["class_type"]
-                _states[graph, number] = Place(graph, number, kind, name, key), known[key]
+                _states[here] = Place(graph, number, kind, name), known[key][1]
+            _keys[here] = key
+
+
+def keys_of(prompt: dict[str, dict]) -> dict[str, str]:
+    """Name each node of a prompt by its class, its inputs, and the names of those that it gets inputs from."""
+
+    def source(value: Any) -> str | None:
+        """The node at the other end of an input."""
+        linked = isinstance(value, list) and len(value) == 2 and str(value[0]) in prompt
+        return str(value[0]) if linked else None
+
+    keys: dict[str, str] = {}
+    begun: set[str] = set()
+    waiting = list(prompt)
+    while waiting:  # no recursion: a chain may be longer than Python's stack
+        number = waiting[-1]
+        inputs = prompt[number]["inputs"]
+        ahead = [] if number in begun else [s for s in map(source, inputs.values()) if s and s not in begun]  # fmt: skip
+        begun.add(number)
+        waiting += ahead
+        if ahead:
+            continue
+        waiting.pop()
+        values = {name: [keys.get(source(v) or ""), v[1]] if source(v) else v for name, v in inputs.items()}  # fmt: skip
+        named = json.dumps([prompt[number]["class_type"], values], sort_keys=True, default=str)
+        keys.setdefault(number, hashlib.sha256(named.encode()).hexdigest())
+    return keys
 
 
 def _history(**which: Any) -> dict[str, dict]:

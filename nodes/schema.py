@@ -7,8 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-# what `live.place` reads: the graph's name and the prompt; they are no inputs and change no cache
-HIDDEN = [io.Hidden.extra_pnginfo, io.Hidden.prompt]
+# has the graph's name, see `live.place`; it is no input and changes no cache
+HIDDEN = [io.Hidden.extra_pnginfo]
 _KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
 
 

@@ -64,12 +64,11 @@ def state_of(told: dict, kind: str) -> dict:
 
 
 def test_the_event_says_what_the_route_says(told):
-    sent = [data for kind, data in told["run"]["events"] if kind == "ark.state"]
-    kinds = ["ArkFastLoader", "ArkSageCombustion", "ArkTextEncode", "ArkSampler4Step"]
-    assert {data["type"] for data in sent} >= {*kinds}
-    for kind in kinds[1:]:
-        (data,) = (data for data in sent if data["type"] == kind)
-        assert data == state_of(told, kind)
+    sent = {data["type"]: data for kind, data in told["run"]["events"] if kind == "ark.state"}
+    # the host may have the results of the others from an earlier test
+    assert sent.keys() >= {"ArkTextEncode", "ArkSampler4Step"}
+    for kind in sent.keys() - {"ArkFastLoader"}:  # what is resident changes
+        assert sent[kind] == state_of(told, kind)
 
 
 def test_the_sampler_tells_its_steps(told, server):

@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from comfy_execution.utils import get_executing_context
 
 EVENT, ROUTE = "ark.state", "/ark/state"
 KEPT_STATES, KEPT_RUNS = 200, 24
+LOOKED_BACK = 32  # prompts that ran since a page asked last
 Facts = dict[str, Any]
 
 
@@ -46,6 +47,7 @@ class Place:
 _states: OrderedDict[tuple[str | None, str], tuple[Place, Callable[[], Facts]]] = OrderedDict()
 _keys: dict[tuple[str | None, str], str] = {}  # of the nodes with a state: what it depends on
 _runs: OrderedDict[str, Facts] = OrderedDict()
+_looked_at: deque[str] = deque(maxlen=2 * LOOKED_BACK)  # prompts
 
 
 def server() -> Any:
@@ -118,9 +120,14 @@ def everything() -> Facts:
 
 
 def _take_over() -> None:
-    """Nodes that the last prompt took from the host's cache show what they did when they ran, be it in another graph."""
-    known = {key: _states[place] for place, key in list(_keys.items()) if place in _states}
-    for _, name, prompt, extra, *_ in (item["prompt"] for item in _history(max_items=1).values()):
+    """Nodes that a prompt took from the host's cache show what they did when they ran, be it in another graph."""
+    for _, name, prompt, extra, *_ in (
+        item["prompt"] for item in _history(max_items=LOOKED_BACK).values()
+    ):
+        if name in _looked_at:
+            continue
+        _looked_at.append(name)
+        known = {key: _states[place] for place, key in list(_keys.items()) if place in _states}
         graph = _graph_of(extra.get("extra_pnginfo"))
         for number, key in keys_of(prompt).items():
             here = graph, number

@@ -56,6 +56,7 @@ GROUPS = (
     Shown("Queue to first image, fresh server", "first_image", "dynamic", ("comfyui_dynamic",)),
     Shown("Transformer, page cache to GPU", "load", "transformer_warm", ("safetensors", "runai")),
     Shown("A new prompt to conditioning", "text_encoder", "a new prompt", ("ComfyUI",)),
+    Shown("Decode, 1024x1024", "vae", "decode 1024x1024", ("ComfyUI",)),
     Shown("Four steps, 1024x1024", "sampling", "t2i_1024_bf16", ("comfyui",), "t2i_1024_fp8"),
     Shown("Four steps, one reference image", "sampling", "edit1_bf16", ("comfyui",), "edit1_fp8"),
     Shown("Attention of one block, 1024x1024", "attention", "4608", ("comfyui_default", "sage")),

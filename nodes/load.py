@@ -116,8 +116,8 @@ class ArkFastLoader(io.ComfyNode):
         live.add_to_run(where, load_ms=1e3 * seconds)
         parts = {"diffusion_model": model, "text_encoder": clip.patcher, "vae": decoder.patcher}
         loaded = Loaded(parts, size, seconds)
-        live.show(where, loaded.facts)
         loaded.listen(lambda: live.show(where, loaded.facts))
+        live.show(where, loaded.facts)
         return io.NodeOutput(model, clip, decoder, ui={"text": [report, *loaded.lines()]})
 
 

@@ -238,7 +238,7 @@ with torch.inference_mode():
     comfy.model_management.unload_all_models()
 
     # the loader's node hears of transfers that end after it
-    model, _ = load_transformer(KLEIN)
+    model, _ = load_transformer(KLEIN, ahead=False)  # else it may have ended before
     loaded, heard = Loaded({"diffusion_model": model}, 1, 0.1), []
     loaded.listen(lambda: heard.append(len(loaded.lines())))
     sample(model)

@@ -18,15 +18,14 @@ import torch
 from ..toolkit.architecture import SPATIAL_FACTOR
 from ..toolkit.autoencoder import Decoder, Encoder, decode, encode
 from ..toolkit.fused.graph import Graphs
-from ..toolkit.fused.reference_pixels import EPS, GROUPS
 from ..toolkit.fused.runner import Unknown, operations_for
 from ..toolkit.hardware import probe_hardware
-from ..toolkit.pixel_layers import USUAL, Attention, Block, Conv, Matrix, Middle, Norm, fold
+from ..toolkit.pixel_layers import USUAL, Attention, Block, Conv, Matrix, Middle
+from ..toolkit.pixel_records import conv, matrix, norm, with_inputs, with_outputs
 
 DEVICES = ("cuda",)
 DTYPES = (torch.bfloat16,)
 BF16 = (8, 0)  # the first compute capability that calculates in it
-CHANNELS = 8  # what the first and the last convolution have is rounded up to a multiple, which a GPU multiplies fast
 RECORDED = 3 << 30  # bytes that a run may need to be recorded; larger ones keep a card busy
 SHARE = 16  # of the card's memory that a recording may keep: one in so many
 ROOM = 512 << 20  # bytes beside the pixels: attention's scores, what convolutions work in
@@ -162,22 +161,18 @@ def _decoder(model: Any) -> Decoder:
         raise Unknown("it ends in a tanh")
     mean, deviation = _latents(model)
     levels = [
-        (list(map(_block, level.block)), _conv(level.upsample, double=True) if number else None)
+        (list(map(_block, level.block)), _resize(level.upsample, double=True) if number else None)
         for number, level in reversed(list(enumerate(part.up)))
     ]
-    last = _conv(part.conv_out)
-    padding = -len(last.weight) % CHANNELS
-    weight = torch.nn.functional.pad(last.weight, (0, 0) * 3 + (0, padding))
-    bias = torch.nn.functional.pad(last.bias, (0, padding))
     return Decoder(
         mean,
         deviation,
-        _matrix(model.post_quant_conv),
-        _conv(part.conv_in),
+        matrix(model.post_quant_conv),
+        conv(part.conv_in),
         _middle(part.mid),
         levels,
-        _norm(part.norm_out),
-        Conv(weight.contiguous(memory_format=torch.channels_last), bias),
+        norm(part.norm_out),
+        with_outputs(conv(part.conv_out)),
     )
 
 
@@ -186,18 +181,17 @@ def _encoder(model: Any) -> Encoder:
     part = _checked(model, model.encoder, host.Encoder)
     mean, deviation = _latents(model)
     levels = [
-        (list(map(_block, level.block)), _conv(level.downsample) if hasattr(level, "downsample") else None)
+        (list(map(_block, level.block)), _resize(level.downsample) if hasattr(level, "downsample") else None)
         for level in part.down
     ]  # fmt: skip
-    first, whole = _conv(part.conv_in), _matrix(model.quant_conv)
-    weight = torch.nn.functional.pad(first.weight, (0, 0) * 2 + (0, -first.weight.shape[1] % CHANNELS))  # fmt: skip
+    whole = matrix(model.quant_conv)
     half = len(whole.bias) // 2  # the mean; the rest would be its variance
     return Encoder(
-        Conv(weight.contiguous(memory_format=torch.channels_last), first.bias),
+        with_inputs(conv(part.conv_in)),
         levels,
         _middle(part.mid),
-        _norm(part.norm_out),
-        _conv(part.conv_out),
+        norm(part.norm_out),
+        conv(part.conv_out),
         Matrix(whole.weight[:half], whole.bias[:half]),
         mean,
         deviation,
@@ -235,43 +229,18 @@ def _latents(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _middle(part: Any) -> Middle:
     attn = part.attn_1
-    q, k, v = (_matrix(layer) for layer in (attn.q, attn.k, attn.v))
-    qkv = Matrix(torch.cat((q.weight, k.weight, v.weight)), torch.cat((q.bias, k.bias, v.bias)))
-    return _block(part.block_1), Attention(_norm(attn.norm), qkv, _matrix(attn.proj_out)), _block(part.block_2)  # fmt: skip
+    attention = Attention(norm(attn.norm), matrix(attn.q, attn.k, attn.v), matrix(attn.proj_out))
+    return _block(part.block_1), attention, _block(part.block_2)
 
 
 def _block(block: Any) -> Block:
     if type(block) is not host.ResnetBlock or block.use_conv_shortcut:
         raise Unknown("its blocks are of another kind")
-    shortcut = _matrix(block.nin_shortcut) if block.in_channels != block.out_channels else None
-    return Block(_norm(block.norm1), _conv(block.conv1), _norm(block.norm2), _conv(block.conv2), shortcut)  # fmt: skip
+    shortcut = matrix(block.nin_shortcut) if block.in_channels != block.out_channels else None
+    return Block(norm(block.norm1), conv(block.conv1), norm(block.norm2), conv(block.conv2), shortcut)  # fmt: skip
 
 
-def _conv(layer: Any, double: bool = False) -> Conv:
-    """A convolution of 3x3, its weight copied into the order that a GPU reads; `double` if the picture is doubled before."""
-    if hasattr(layer, "with_conv"):
-        if not layer.with_conv or getattr(layer, "scale_factor", 2.0) != 2.0:
-            raise Unknown("it changes sizes in another way")
-        layer = layer.conv
-    weight = _weight(layer)
-    if weight.shape[2:] != (3, 3):
-        raise Unknown("its convolutions are of another kind")
-    ordered = weight.contiguous(memory_format=torch.channels_last)
-    folded = fold(weight).contiguous(memory_format=torch.channels_last) if double else None
-    return Conv(ordered, layer.bias.detach().float(), folded)
-
-
-def _matrix(layer: Any) -> Matrix:
-    return Matrix(_weight(layer).flatten(1), layer.bias.detach().float())
-
-
-def _norm(layer: Any) -> Norm:
-    if layer.num_groups != GROUPS or layer.eps != EPS:
-        raise Unknown("its norms are of another kind")
-    return Norm(_weight(layer).float(), layer.bias.detach().float())
-
-
-def _weight(layer: Any) -> torch.Tensor:
-    if getattr(layer, "weight_function", None) or getattr(layer, "bias_function", None):
-        raise Unknown("its weights are patched while they are used")
-    return layer.weight.detach()
+def _resize(layer: Any, double: bool = False) -> Conv:
+    if not layer.with_conv or getattr(layer, "scale_factor", 2.0) != 2.0:
+        raise Unknown("it changes sizes in another way")
+    return conv(layer.conv, double)

@@ -1,0 +1,64 @@
+"""Layers of any host's autoencoder as records of `pixels.py`: by reference, but for what a GPU reads in another order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .fused.reference_pixels import EPS, GROUPS
+from .fused.runner import Unknown
+from .pixel_layers import Conv, Matrix, Norm, fold
+
+CHANNELS = 8  # what the first and the last convolution have is rounded up to a multiple, which a GPU multiplies fast
+
+
+def conv(layer: Any, double: bool = False) -> Conv:
+    """A convolution of 3x3, its weight copied into the order that a GPU reads; `double` if the picture is doubled before.
+
+    Raises:
+        Unknown: it is of another kind; so of all functions here.
+    """
+    weight = _weight(layer)
+    if weight.shape[2:] != (3, 3):
+        raise Unknown("its convolutions are of another kind")
+    folded = _ordered(fold(weight)) if double else None
+    return Conv(_ordered(weight), layer.bias.detach().float(), folded)
+
+
+def with_outputs(found: Conv) -> Conv:
+    """A convolution with outputs that nobody reads."""
+    padding = -len(found.weight) % CHANNELS
+    weight = F.pad(found.weight, (0, 0) * 3 + (0, padding))
+    return Conv(_ordered(weight), F.pad(found.bias, (0, padding)))
+
+
+def with_inputs(found: Conv) -> Conv:
+    """A convolution with inputs that are zero."""
+    weight = F.pad(found.weight, (0, 0) * 2 + (0, -found.weight.shape[1] % CHANNELS))
+    return Conv(_ordered(weight), found.bias)
+
+
+def matrix(*layers: Any) -> Matrix:
+    """Convolutions of single pixels, or linear layers, of the same input, as one."""
+    weights = [_weight(layer).flatten(1) for layer in layers]
+    biases = [layer.bias.detach().float() for layer in layers]
+    return Matrix(*(one[0] if len(one) == 1 else torch.cat(one) for one in (weights, biases)))
+
+
+def norm(layer: Any) -> Norm:
+    """A group norm."""
+    if layer.num_groups != GROUPS or layer.eps != EPS:
+        raise Unknown("its norms are of another kind")
+    return Norm(_weight(layer).float(), layer.bias.detach().float())
+
+
+def _weight(layer: Any) -> torch.Tensor:
+    if getattr(layer, "weight_function", None) or getattr(layer, "bias_function", None):
+        raise Unknown("its weights are patched while they are used")
+    return layer.weight.detach()
+
+
+def _ordered(weight: torch.Tensor) -> torch.Tensor:
+    return weight.contiguous(memory_format=torch.channels_last)

@@ -19,6 +19,7 @@ from ..toolkit.hardware import probe_hardware
 from ..toolkit.kernels import KERNELS
 from ..toolkit.kernels.op import attend_flat
 from .fused_diffusers import attach_fused
+from .set_up import attach_set_up
 from .text_diffusers import attach_text_encoder
 from .vae_diffusers import attach_vae
 
@@ -163,6 +164,7 @@ def ignite(
 
 def _attach_engines(pipeline: Any, set_on: Combustion) -> None:
     """Let a pipeline's text encoder and VAE run in Ark's engines, or say why not."""
+    set_on._detach.append(attach_set_up(pipeline))
     found = {"text encoder": attach_text_encoder(pipeline), "VAE": attach_vae(pipeline.vae)}
     for name, (engine, detach) in found.items():
         set_on.engines[name] = engine

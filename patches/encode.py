@@ -31,7 +31,7 @@ class PromptEncoder:
             # not `encode_prompt`, which waits for it, as it brings positions to the device
             self._known[key] = getattr(pipeline, METHOD)(
                 text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer, prompt=prompt,
-                device=pipeline._execution_device, max_sequence_length=pipeline.tokenizer_max_length,
+                max_sequence_length=pipeline.tokenizer_max_length,
             )  # fmt: skip
         self._known.move_to_end(key)
         while len(self._known) > KEPT:

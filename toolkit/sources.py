@@ -1,4 +1,4 @@
-"""The parameters that something was made of: whether they are still the same, unchanged and where they were."""
+"""The modules and parameters that something was made of: whether they are the same, unchanged and where they were."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ import torch
 
 
 class Sources:
-    """Notes the parameters of modules.
+    """Notes parameters.
 
     Args:
-        modules: whose own parameters, and those of all below them, count.
+        roots: modules whose parameters count, with those of all modules below them.
     """
 
-    def __init__(self, modules: Iterable[torch.nn.Module]):
-        self._noted = [
+    def __init__(self, roots: Iterable[torch.nn.Module]):
+        modules = [module for root in roots for module in root.modules()]
+        self._parameters = [
             (module._parameters, name, parameter, *_state(parameter))
-            for root in modules
-            for module in root.modules()
+            for module in modules
             for name, parameter in module._parameters.items()
             if parameter is not None
         ]
+        self._modules = [(module._modules, tuple(module._modules.values())) for module in modules]
 
     def same(self) -> bool:
-        """Whether nothing was replaced, moved or written to."""
-        return all(
+        """Whether nothing was replaced, added, moved or written to."""
+        return all(tuple(held.values()) == children for held, children in self._modules) and all(
             held.get(name) is parameter and _state(parameter) == (address, version)
-            for held, name, parameter, address, version in self._noted
+            for held, name, parameter, address, version in self._parameters
         )
 
 

@@ -19,16 +19,15 @@ from ..toolkit.architecture import SPATIAL_FACTOR
 from ..toolkit.autoencoder import from_pixels, to_pixels
 from ..toolkit.fused.graph import Graphs
 from ..toolkit.fused.runner import Unknown, operations_for
-from ..toolkit.hardware import probe_hardware
-from ..toolkit.pixel_memory import BAND, RECORDED, SHARE, needed, too_large
 from ..toolkit.pixel_layers import COLOURS, USUAL
+from ..toolkit.pixel_memory import BAND, MOST, RECORDED, SHARE, needed, numbers
+from ..toolkit.pixel_records import check_weights
 from ..toolkit.sources import Sources
 from ..toolkit.text_engine import hooked
 from .vae_diffusers_record import read_decoder, read_encoder
 
 DEVICES = ("cuda",)
 DTYPES = (torch.bfloat16,)
-BF16 = (8, 0)  # the first compute capability that calculates in it
 PIXELS_OF_LATENTS = SPATIAL_FACTOR // 2  # px along each side of what the encoder makes
 READ = {"decode": read_decoder, "encode": read_encoder}
 RUN = {"decode": to_pixels, "encode": from_pixels}
@@ -71,7 +70,7 @@ class PipelineVaeEngine:
             if sources is not None:
                 self.release()  # recordings read what is replaced
             try:
-                _check_weights([*vae.parameters()])
+                check_weights([*vae.parameters()], DEVICES, DTYPES)
                 made = READ[way](vae)
             except Unknown as unknown:
                 self.refuse(str(unknown))
@@ -122,7 +121,7 @@ class PipelineVaeEngine:
         free, total = torch.cuda.mem_get_info(x.device)
         free += torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
         bytes_needed = needed(*size, width.itemsize)
-        if too_large(*size) or bytes_needed > free:
+        if numbers(*size) >= MOST or bytes_needed > free:
             return banded(x)
         try:
             if bytes_needed > min(RECORDED, total // SHARE):
@@ -133,21 +132,6 @@ class PipelineVaeEngine:
         self.graphs.clear()
         torch.cuda.empty_cache()
         return banded(x)
-
-
-def _check_weights(weights: list[torch.Tensor]) -> None:
-    """Raise Unknown for weights that the engine does not compute with fast."""
-    devices, dtypes = {w.device for w in weights}, {w.dtype for w in weights}
-    if len(devices) > 1:
-        raise Unknown("its weights are on several devices")
-    if (device := devices.pop()).type not in DEVICES:
-        raise Unknown(f"its weights are on {device}")
-    if other := sorted(str(dtype).removeprefix("torch.") for dtype in dtypes.difference(DTYPES)):
-        raise Unknown(f"its weights are {', '.join(other)}")
-    if device.type == "cuda" and probe_hardware(device).compute_capability < BF16:
-        raise Unknown("it wants an NVIDIA GPU that calculates in bf16")
-    if device.type == "cuda" and (why := operations_for(device)[1]) != "operations in Triton":
-        raise Unknown(why)
 
 
 def attach_vae(vae: Any) -> tuple[PipelineVaeEngine, Callable[[], None]]:

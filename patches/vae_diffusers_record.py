@@ -8,8 +8,8 @@ import torch
 
 from ..toolkit.autoencoder import Decoder, Encoder
 from ..toolkit.fused.runner import Unknown
-from ..toolkit.pixel_records import conv, matrix, norm, with_inputs, with_outputs
 from ..toolkit.pixel_layers import Attention, Block, Conv, Middle
+from ..toolkit.pixel_records import conv, matrix, norm, with_inputs, with_outputs
 
 
 def read_decoder(vae: Any) -> Decoder:

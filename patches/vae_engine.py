@@ -19,22 +19,19 @@ from ..toolkit.architecture import SPATIAL_FACTOR
 from ..toolkit.autoencoder import Decoder, Encoder, decode, encode
 from ..toolkit.fused.graph import Graphs
 from ..toolkit.fused.runner import Unknown, operations_for
-from ..toolkit.hardware import probe_hardware
 from ..toolkit.pixel_layers import USUAL, Attention, Block, Conv, Matrix, Middle
-from ..toolkit.pixel_records import conv, matrix, norm, with_inputs, with_outputs
+from ..toolkit.pixel_memory import BAND, MOST, RECORDED, ROOM, SHARE, needed, numbers
+from ..toolkit.pixel_records import (
+    check_weights,
+    conv,
+    matrix,
+    norm,
+    with_inputs,
+    with_outputs,
+)
 
 DEVICES = ("cuda",)
 DTYPES = (torch.bfloat16,)
-BF16 = (8, 0)  # the first compute capability that calculates in it
-RECORDED = 3 << 30  # bytes that a run may need to be recorded; larger ones keep a card busy
-SHARE = 16  # of the card's memory that a recording may keep: one in so many
-ROOM = 512 << 20  # bytes beside the pixels: attention's scores, what convolutions work in
-BAND = 1 << 18  # pixels at a time where memory is short
-TENSORS = {
-    "decode": (6.0, 3.0),
-    "encode": (4.0, 2.5),
-}  # of the largest size, needed at once: at one go, in bands
-MOST = 15 << 27  # numbers of the largest tensor; from 16 << 27 on libraries count differently
 PARTS = {"decode": host.Decoder, "encode": host.Encoder}
 log = logging.getLogger("ark")
 
@@ -97,9 +94,7 @@ class VaeEngine:
 
     def needed(self, way: str, height: int, width: int, band: bool = False) -> int:
         """Bytes that a picture takes while it is computed, px; an estimate."""
-        at_once, in_bands = TENSORS[way]
-        one = height * width * self._width(way) * self._itemsize
-        return int(one * (in_bands if band else at_once)) + ROOM
+        return needed(way, height * width, self._width(way), self._itemsize, band)
 
     def copies(self, way: str) -> int:
         """Bytes of the copies of weights that are still to be made."""
@@ -109,9 +104,10 @@ class VaeEngine:
 
     def at_once(self, way: str, batch: int, height: int, width: int, free: int) -> int:
         """How many pictures of a batch fit into so many bytes, px; 0 if not even one does."""
-        numbers = height * width * self._width(way) * (2 if way == "decode" else 1)
         room = (free - ROOM) // (self.needed(way, height, width) - ROOM)
-        return max(0, min(batch, room, (MOST - 1) // numbers))
+        return max(
+            0, min(batch, room, (MOST - 1) // numbers(way, height * width, self._width(way)))
+        )
 
     def _width(self, way: str) -> int:
         """Channels at the size of the picture."""
@@ -124,13 +120,13 @@ class VaeEngine:
     def decode(self, record: Decoder, latents: torch.Tensor, band: bool = False, lasting: bool = True) -> torch.Tensor:  # fmt: skip
         """See `autoencoder.decode`; in bands if memory is short; recorded if the size is to come again."""
         height, width = (SPATIAL_FACTOR * side for side in latents.shape[2:])
-        needed = len(latents) * self.needed("decode", height, width)
-        return self._run(decode, record, latents, band, lasting and _recordable(needed, latents))
+        nbytes = len(latents) * self.needed("decode", height, width)
+        return self._run(decode, record, latents, band, lasting and _recordable(nbytes, latents))
 
     def encode(self, record: Encoder, pixels: torch.Tensor, band: bool = False, lasting: bool = True) -> torch.Tensor:  # fmt: skip
         """See `autoencoder.encode`; otherwise as `decode`."""
-        needed = len(pixels) * self.needed("encode", *pixels.shape[1:3])
-        return self._run(encode, record, pixels, band, lasting and _recordable(needed, pixels))
+        nbytes = len(pixels) * self.needed("encode", *pixels.shape[1:3])
+        return self._run(encode, record, pixels, band, lasting and _recordable(nbytes, pixels))
 
     def _run(self, function: Callable, record: Any, x: torch.Tensor, band: bool, lasting: bool) -> torch.Tensor:  # fmt: skip
         operations, _ = operations_for(x.device)
@@ -145,9 +141,9 @@ class VaeEngine:
         return self.graphs.run(key, work, x)
 
 
-def _recordable(needed: int, x: torch.Tensor) -> bool:
+def _recordable(nbytes: int, x: torch.Tensor) -> bool:
     """Whether a recording, which keeps the memory that it needs, leaves enough to others."""
-    return needed <= min(RECORDED, comfy.model_management.get_total_memory(x.device) // SHARE)
+    return nbytes <= min(RECORDED, comfy.model_management.get_total_memory(x.device) // SHARE)
 
 
 def _changed(module: torch.nn.Module) -> bool:
@@ -201,18 +197,7 @@ def _encoder(model: Any) -> Encoder:
 def _checked(model: Any, part: Any, kind: type) -> Any:
     """The encoder or decoder of the host's module, if it is of the kind that the engine knows, and on a fast device."""
     weights = [*part.parameters(), model.quant_conv.weight, model.post_quant_conv.weight]
-    devices = {weight.device for weight in weights}
-    if len(devices) > 1:
-        raise Unknown("its weights are on several devices")
-    if (device := devices.pop()).type not in DEVICES:
-        raise Unknown(f"its weights are on {device}")
-    kinds = {weight.dtype for weight in weights}
-    if other := sorted(str(dtype).removeprefix("torch.") for dtype in kinds.difference(DTYPES)):
-        raise Unknown(f"its weights are {', '.join(other)}")
-    if device.type == "cuda" and probe_hardware(device).compute_capability < BF16:
-        raise Unknown("it wants an NVIDIA GPU that calculates in bf16")
-    if device.type == "cuda" and (why := operations_for(device)[1]) != "operations in Triton":
-        raise Unknown(why)
+    check_weights(weights, DEVICES, DTYPES)
     levels = part.up if kind is host.Decoder else part.down
     known = type(part) is kind and model.bn is not None and model.max_batch_size is None
     if not known or getattr(part, "carried", False) or any(len(level.attn) for level in levels):

@@ -27,6 +27,6 @@ def needed(way: str, pixels: int, width: int, itemsize: int, band: bool = False)
     return int(pixels * width * itemsize * (in_bands if band else at_once)) + ROOM
 
 
-def too_large(way: str, pixels: int, width: int) -> bool:
-    """Whether the largest tensor of one picture has more numbers than libraries count."""
-    return pixels * width * (2 if way == "decode" else 1) > MOST
+def numbers(way: str, pixels: int, width: int) -> int:
+    """Of the largest tensor of one picture; see `needed`."""
+    return pixels * width * (2 if way == "decode" else 1)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from .fused.reference_pixels import EPS, GROUPS
-from .fused.runner import Unknown
+from .fused.runner import Unknown, operations_for
+from .hardware import probe_hardware
 from .pixel_layers import Conv, Matrix, Norm, fold
 
+BF16 = (8, 0)  # the first compute capability that calculates in it
 CHANNELS = 8  # what the first and the last convolution have is rounded up to a multiple, which a GPU multiplies fast
 
 
@@ -52,6 +55,24 @@ def norm(layer: Any) -> Norm:
     if layer.num_groups != GROUPS or layer.eps != EPS:
         raise Unknown("its norms are of another kind")
     return Norm(_weight(layer).float(), layer.bias.detach().float())
+
+
+def check_weights(
+    weights: Sequence[torch.Tensor], devices: Sequence[str], dtypes: Sequence[torch.dtype]
+) -> None:
+    """Raise Unknown for weights that are not all on one of these devices, in one of these dtypes, where that is fast."""
+    found = {weight.device for weight in weights}
+    if len(found) > 1:
+        raise Unknown("its weights are on several devices")
+    if (device := found.pop()).type not in devices:
+        raise Unknown(f"its weights are on {device}")
+    kinds = {weight.dtype for weight in weights}
+    if other := sorted(str(dtype).removeprefix("torch.") for dtype in kinds.difference(dtypes)):
+        raise Unknown(f"its weights are {', '.join(other)}")
+    if device.type == "cuda" and probe_hardware(device).compute_capability < BF16:
+        raise Unknown("it wants an NVIDIA GPU that calculates in bf16")
+    if device.type == "cuda" and (why := operations_for(device)[1]) != "operations in Triton":
+        raise Unknown(why)
 
 
 def _weight(layer: Any) -> torch.Tensor:

@@ -21,8 +21,8 @@ log = logging.getLogger("ark")
 def attach_fused(transformer: Any, precision: str, kernel: str | None) -> tuple[Runner, Callable[[], None]]:  # fmt: skip
     """Let a transformer run the fused step.
 
-    Weights are read where they lie; after a change in place (a LoRA that is fused into them), attach again if
-    copies are made of them, as that is done once: in fp8, or of weights in another dtype than the latents'.
+    Weights are read where they lie; what is made of them (in fp8, or for latents of another dtype) is made anew when they
+    have changed.
 
     Args:
         transformer: diffusers' `Flux2Transformer2DModel` of a Klein, on the device that it will run on.
@@ -85,8 +85,10 @@ class _Record:
 
     def get(self, like: torch.Tensor) -> Weights:
         kind = like.dtype, like.device
-        if self._sources is None or self._like != kind or not self._sources.same():
+        if self._sources is not None and not self._sources.same():
             self.forget()
+            self._runner.release()  # copies may have been made of what is no more
+        if self._sources is None or self._like != kind:
             self._made = _weights(self._transformer, self._runner, like)
             self._like, self._sources = kind, Sources([self._transformer])
         return self._made

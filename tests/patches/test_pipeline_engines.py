@@ -191,13 +191,16 @@ def test_a_lit_pipeline_makes_the_same_picture_and_is_put_out(embedded, on_cpu, 
     from PIL import Image
 
     Image.new("RGB", (64, 80), "red").save(tmp_path / "red.png")
+    # sizes and steps that come again: their positions and noise levels are remembered
     jobs = [Job(PROMPT, 3, 64, 64, 2), Job(PROMPT, 3, 64, 80, 1, (str(tmp_path / "red.png"),))]
-    modules = embedded.transformer, embedded.text_encoder, embedded.vae
+    jobs += [Job(PROMPT, 4, 64, 64, 3), jobs[0]]
+    modules = embedded.transformer, embedded.text_encoder, embedded.vae, embedded.scheduler
     expected = [Renderer(embedded)(job) for job in jobs]
     before = [set(vars(thing)) for thing in (embedded, *modules)]
     renderer = Renderer(embedded)
     with ignite(embedded, engine="fused") as combustion:
         assert "text encoder: Ark." in combustion.report and "VAE: Ark." in combustion.report
+        assert "set_timesteps" in vars(embedded.scheduler)
         made = [renderer(job, combustion.run) for job in jobs]
         assert not any(engine.reasons for engine in combustion.engines.values())
         assert set(combustion.engines["VAE"]._records) == {"decode", "encode"}

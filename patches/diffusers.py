@@ -107,7 +107,7 @@ def ignite(
 
     Args:
         transformer: a FLUX.2 transformer of diffusers, on the device that it will run on, or a pipeline that has one.
-            With the fused engine a pipeline's text encoder and VAE run in Ark's engines, too, where those fit.
+            If the step is fused or compiled, a pipeline's text encoder and VAE run in Ark's engines, where those fit.
         attention: "auto", a kernel's name, or "none" for diffusers' own.
         compile: "off", or one of torch.compile's modes, see `toolkit.compile.MODES`.
         engine: "diffusers" for the library's own forward, "fused" for Ark's step.
@@ -141,8 +141,6 @@ def ignite(
         set_on.runner, detach = attach_fused(transformer, precision, kernel.name if kernel else None)  # fmt: skip
         set_on._detach.append(detach)
         set_on.report += f"\nengine: fused, {precision}, {set_on.runner.how}."
-        if pipeline:
-            _attach_engines(pipeline, set_on)
     elif kernel:
         for name, module in transformer.named_modules():
             processor = getattr(module, "processor", None)
@@ -158,6 +156,8 @@ def ignite(
         for block in _repeated(transformer):
             block._compiled_call_impl = _for_any_length(block._compiled_call_impl)
         set_on.report += f"\ncompile: {compile}, block by block."
+    if pipeline and (engine == "fused" or compile != "off"):
+        _attach_engines(pipeline, set_on)
     log.info("Ark attention %s", set_on.report)
     return set_on
 

@@ -13,6 +13,7 @@ from ..toolkit.qwen3 import THETA
 from ..toolkit.sources import Sources
 from ..toolkit.text_engine import HOOKS, TextEngine
 
+OTHER = "it is not Qwen3 as Klein has it"
 METHOD = "_get_qwen3_prompt_embeds"  # by which the pipeline makes conditioning of texts
 
 
@@ -33,14 +34,20 @@ class PipelineTextEngine(TextEngine):
         self.weights_changed()
         config = model.config
         rope = getattr(config, "rope_parameters", None) or {}
-        turned = rope.get("rope_type") == "default" and rope.get("rope_theta") == THETA
-        if not turned or config.head_dim != HEAD_DIM or config.hidden_act != "silu" or config.use_sliding_window:  # fmt: skip
-            raise Unknown("it is not Qwen3 as Klein has it")
+        found = (
+            *(getattr(config, name, None) for name in ("model_type", "head_dim", "hidden_act")),
+            *(rope.get(name) for name in ("rope_type", "rope_theta")),
+        )
+        if found != ("qwen3", HEAD_DIM, "silu", "default", THETA) or config.use_sliding_window:
+            raise Unknown(OTHER)
         self._sources = Sources(model.layers)
 
     def ready(self, encoder: Any) -> bool:
         """Whether the engine runs this pipeline's encoder; the log says why not, once."""
         model = getattr(encoder, "model", encoder)  # under a language model's head
+        if not isinstance(getattr(model, "layers", None), torch.nn.ModuleList):
+            self.refuse(OTHER)
+            return False
         if self.hooked(encoder) or self.hooked(model.embed_tokens):
             self.refuse(HOOKS)
             return False

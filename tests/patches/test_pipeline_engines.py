@@ -136,6 +136,8 @@ def test_a_text_encoder_that_does_not_fit_stays_transformers(embedded, on_cpu, m
         with monkeypatch.context() as changed:
             changed.setattr(embedded.text_encoder.config, name, value)
             assert attach_text_encoder(embedded)[0].reasons == {reason}
+    none = diffusers.Flux2KleinPipeline(**{**embedded.components, "text_encoder": None})
+    assert attach_text_encoder(none)[0].reasons == {"it is not Qwen3 as Klein has it"}
     linear = embedded.text_encoder.layers[0].mlp.up_proj
     linear.base_layer = torch.nn.Identity()  # as PEFT wraps
     assert "adapters" in str(attach_text_encoder(embedded)[0].reasons)
@@ -219,9 +221,15 @@ def test_on_a_cpu_the_libraries_run_and_the_report_says_so(embedded):
         assert METHOD not in vars(embedded) and "_decode" not in vars(embedded.vae)
 
 
+def test_a_step_of_the_librarys_leaves_all_to_it(embedded, on_cpu):
+    with ignite(embedded) as combustion:
+        assert not combustion.engines and METHOD not in vars(embedded)
+
+
 @pytest.mark.gpu
-def test_on_a_gpu_bf16_is_no_further_off_than_the_libraries_in_bf16(random_vae):
+def test_on_a_gpu_bf16_is_no_further_off_than_the_libraries_in_bf16(random_vae, monkeypatch):
     """Recorded and not, whole and in bands; against the libraries in fp32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     exact, _ = load_pipeline(device="cuda", dtype=torch.float32)
     pipeline, _ = load_pipeline(device="cuda", dtype=torch.bfloat16)
     exact.vae = copy.deepcopy(random_vae).cuda()

@@ -1,4 +1,4 @@
-"""Attention kernel and compiled blocks of a diffusers transformer: on the object, removable, the library untouched."""
+"""What diffusers' transformer and pipeline run on instead of their own code: on the objects, removable, the library untouched."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from ..toolkit.hardware import probe_hardware
 from ..toolkit.kernels import KERNELS
 from ..toolkit.kernels.op import attend_flat
 from .fused_diffusers import attach_fused
+from .set_up import attach_set_up
+from .text_diffusers import attach_text_encoder
+from .vae_diffusers import attach_vae
 
 DISPATCH = "dispatch_attention_fn"  # what diffusers' processors call, by this name
 Result = TypeVar("Result")
@@ -32,13 +35,15 @@ class Combustion:
         report: which kernel, why, and how the blocks are compiled.
         compiler: counts what is compiled; None if nothing is.
         runner: runs the fused engine; None if the library's forward runs.
+        engines: of the text encoder and the VAE, by name; their `reasons` say why the library ran them instead.
     """
 
     def __init__(self, transformer: torch.nn.Module):
         self.report = ""
         self.compiler: Compiler | None = None
         self.runner: Runner | None = None
-        self._detach: Callable[[], None] | None = None
+        self.engines: dict[str, Any] = {}
+        self._detach: list[Callable[[], None]] = []
         self._transformer = transformer
         self._processors: dict[str, Any] = {}
 
@@ -72,9 +77,8 @@ class Combustion:
         for name, processor in self._processors.items():
             self._transformer.get_submodule(name).processor = processor
         self._processors.clear()
-        if self._detach:
-            self._detach()
-            self._detach = None
+        while self._detach:
+            self._detach.pop()()
 
     def remove(self) -> None:
         """Restore the library's attention, forward and uncompiled blocks; harmless when done twice."""
@@ -103,6 +107,7 @@ def ignite(
 
     Args:
         transformer: a FLUX.2 transformer of diffusers, on the device that it will run on, or a pipeline that has one.
+            If the step is fused or compiled, a pipeline's text encoder and VAE run in Ark's engines, where those fit.
         attention: "auto", a kernel's name, or "none" for diffusers' own.
         compile: "off", or one of torch.compile's modes, see `toolkit.compile.MODES`.
         engine: "diffusers" for the library's own forward, "fused" for Ark's step.
@@ -123,8 +128,8 @@ def ignite(
         raise InputError("The fused engine has nothing to compile.", "Set compile to off.")
     if engine == "diffusers" and precision != "bf16":
         raise InputError(f"{precision} is a precision of the fused engine.", "Set engine to fused.")
-    if not isinstance(transformer, torch.nn.Module):  # a pipeline
-        transformer = transformer.transformer
+    pipeline = None if isinstance(transformer, torch.nn.Module) else transformer
+    transformer = pipeline.transformer if pipeline else transformer
     set_on = Combustion(transformer)
     weight = next(transformer.parameters())
     hardware, kernel = probe_hardware(weight.device), None
@@ -133,7 +138,8 @@ def ignite(
         shape = (1, heads, USUAL_TOKENS, HEAD_DIM)
         kernel, set_on.report = select_attention_kernel(attention, hardware, weight.device, shape, weight.dtype)  # fmt: skip
     if engine == "fused":
-        set_on.runner, set_on._detach = attach_fused(transformer, precision, kernel.name if kernel else None)  # fmt: skip
+        set_on.runner, detach = attach_fused(transformer, precision, kernel.name if kernel else None)  # fmt: skip
+        set_on._detach.append(detach)
         set_on.report += f"\nengine: fused, {precision}, {set_on.runner.how}."
     elif kernel:
         for name, module in transformer.named_modules():
@@ -150,8 +156,21 @@ def ignite(
         for block in _repeated(transformer):
             block._compiled_call_impl = _for_any_length(block._compiled_call_impl)
         set_on.report += f"\ncompile: {compile}, block by block."
+    if pipeline and (engine == "fused" or compile != "off"):
+        _attach_engines(pipeline, set_on)
     log.info("Ark attention %s", set_on.report)
     return set_on
+
+
+def _attach_engines(pipeline: Any, set_on: Combustion) -> None:
+    """Let a pipeline's text encoder and VAE run in Ark's engines, or say why not."""
+    set_on._detach.append(attach_set_up(pipeline))
+    found = {"text encoder": attach_text_encoder(pipeline), "VAE": attach_vae(pipeline.vae)}
+    for name, (engine, detach) in found.items():
+        set_on.engines[name] = engine
+        set_on._detach.append(detach)
+        why_not = f"the library's own ({'; '.join(sorted(engine.reasons))})"
+        set_on.report += f"\n{name}: {why_not if engine.reasons else 'Ark'}."
 
 
 def _repeated(transformer: torch.nn.Module) -> list[Any]:

@@ -12,6 +12,7 @@ import torch
 from ..toolkit.errors import InputError
 from ..toolkit.fused.matrix import Joined, Matrix, Plain
 from ..toolkit.fused.runner import Runner, Unknown
+from ..toolkit.sources import Sources
 from ..toolkit.step import SingleBlock, Stream, Weights
 
 log = logging.getLogger("ark")
@@ -20,8 +21,8 @@ log = logging.getLogger("ark")
 def attach_fused(transformer: Any, precision: str, kernel: str | None) -> tuple[Runner, Callable[[], None]]:  # fmt: skip
     """Let a transformer run the fused step.
 
-    Weights are read where they lie at each call; after a change in place (a LoRA that is fused into them), attach again if
-    copies are made of them, as that is done once: in fp8, or of weights in another dtype than the latents'.
+    Weights are read where they lie; what is made of them (in fp8, or for latents of another dtype) is made anew when they
+    have changed.
 
     Args:
         transformer: diffusers' `Flux2Transformer2DModel` of a Klein, on the device that it will run on.
@@ -40,6 +41,7 @@ def attach_fused(transformer: Any, precision: str, kernel: str | None) -> tuple[
     if "forward" in vars(transformer):
         raise InputError("This transformer's forward was replaced already.", "Remove hooks and offloading first.")  # fmt: skip
     runner = Runner(next(transformer.parameters()).device, precision)
+    weights = _Record(transformer, runner)
     own = type(transformer).forward
     names = inspect.signature(own)
 
@@ -48,7 +50,7 @@ def attach_fused(transformer: Any, precision: str, kernel: str | None) -> tuple[
             given = dict(names.bind(transformer, *args, **kwargs).arguments)
             given.pop("self")
             in_a_class = given.pop("return_dict", True)
-            sample = _denoise(transformer, runner, kernel, **given)
+            sample = _denoise(weights, runner, kernel, **given)
         except Unknown as unknown:
             if str(unknown) not in runner.reasons:
                 runner.reasons.add(str(unknown))
@@ -59,6 +61,7 @@ def attach_fused(transformer: Any, precision: str, kernel: str | None) -> tuple[
     def remove() -> None:
         if vars(transformer).get("forward") is forward:
             del transformer.forward
+        weights.forget()
         runner.release()
 
     transformer.forward = forward
@@ -70,8 +73,29 @@ def _output(own: Callable) -> type:
     return own.__globals__["Flux2Transformer2DModelOutput"]
 
 
+class _Record:
+    """A transformer's weights for the step, made again when something of the transformer, or the dtype, has changed."""
+
+    def __init__(self, transformer: torch.nn.Module, runner: Runner):
+        self._transformer, self._runner = transformer, runner
+        self.forget()
+
+    def forget(self) -> None:
+        self._sources, self._like, self._made = None, None, None
+
+    def get(self, like: torch.Tensor) -> Weights:
+        kind = like.dtype, like.device
+        if self._sources is not None and not self._sources.same():
+            self.forget()
+            self._runner.release()  # copies may have been made of what is no more
+        if self._sources is None or self._like != kind:
+            self._made = _weights(self._transformer, self._runner, like)
+            self._like, self._sources = kind, Sources([self._transformer])
+        return self._made
+
+
 def _denoise(
-    transformer: torch.nn.Module,
+    weights: _Record,
     runner: Runner,
     kernel: str | None,
     hidden_states: torch.Tensor,
@@ -87,10 +111,11 @@ def _denoise(
         raise Unknown(f"it does not know {', '.join(found)}")
     if torch.is_grad_enabled() and hidden_states.requires_grad:
         raise Unknown("it has no gradients")
-    weights = _weights(transformer, runner, hidden_states)
     ids = torch.cat([ids[0] if ids.ndim == 3 else ids for ids in (txt_ids, img_ids)])
     timestep = timestep.to(hidden_states.dtype).expand(len(hidden_states))
-    return runner.run(weights, hidden_states, encoder_hidden_states, ids, timestep, kernel)
+    return runner.run(
+        weights.get(hidden_states), hidden_states, encoder_hidden_states, ids, timestep, kernel
+    )
 
 
 def _weights(transformer: Any, runner: Runner, like: torch.Tensor) -> Weights:

@@ -28,10 +28,12 @@ from ..toolkit.keys import (
     transformer_from_diffusers,
     vae_from_diffusers,
 )
+from ..toolkit.lazy import import_lazily
 from ..toolkit.model_files import ModelFiles, find_model
 from ..toolkit.shipment import Shipment
 from ..toolkit.storage import available_memory
 from ..toolkit.transfer import TransferReport
+from ..toolkit.wake import wake
 from .pipeline_modules import Modules, Part
 from .tokenizer import load_tokenizer
 
@@ -102,10 +104,14 @@ def load_pipeline(
         shipment = Shipment(source, tensors, device)
         parts[name] = Part(getattr(model, name).name, dims, tensors, shipment, held)
     del opened, source, tensors, encoder, main
+    wake(device, dtype)
     with contextlib.ExitStack() as ended, torch.inference_mode(False), torch.no_grad():
         for part in parts.values():  # what is still in the queue when this fails or is interrupted
             ended.callback(part.shipment.cancel)
         imported = time.perf_counter()
+        import_lazily(
+            "scipy.stats"
+        )  # half a second; schedulers import it for sigmas that Klein has not
         from diffusers import (  # as long as the weights take
             FlowMatchEulerDiscreteScheduler,
             Flux2KleinPipeline,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,8 @@ from ..toolkit.errors import InputError
 from ..toolkit.jobs import Job, check_images
 from ..toolkit.noise import klein_noise
 from .encode import PromptEncoder
+
+_noise_maker = ThreadPoolExecutor(1, "ark-noise")  # noise is made while the prompt is read
 
 
 @dataclass(frozen=True)
@@ -57,41 +61,72 @@ class Renderer:
         Raises:
             InputError: a reference cannot be used.
         """
-        pipeline, seconds = self.pipeline, {}
-        device = pipeline._execution_device
-
-        def clock() -> float:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            return time.perf_counter()
-
+        pipeline, device = self.pipeline, next(self.pipeline.transformer.parameters()).device
         with torch.no_grad():
-            start = clock()
+            watch = Stopwatch(device)
+            noise = _noise_maker.submit(klein_noise, job.seed, job.width, job.height)
             embeds = self.encode(job.prompt)
-            seconds["encode"] = clock() - start
+            watch.lap("encode")
             at_step()
-            start = clock()
-            with _full_precision_between_steps(pipeline.transformer):
-                latents = run(lambda: _sample(pipeline, job, embeds, at_step))
-            seconds["steps"] = clock() - start
-            at_step()
-            start = clock()
-            picture = pipeline.vae.decode(latents.to(pipeline.vae.dtype), return_dict=False)[0]
-            image = _to_image(picture)
-            seconds["decode"] = clock() - start
-        return Rendered(image, latents, seconds)
+
+            def sample_and_decode() -> tuple[torch.Tensor, torch.Tensor]:
+                with _full_precision_between_steps(pipeline.transformer):
+                    latents = _sample(pipeline, job, embeds, noise.result(), at_step)
+                watch.lap("steps")
+                at_step()
+                return latents, _decode(pipeline.vae, latents)
+
+            latents, pixels = run(sample_and_decode)
+            image = _to_image(pixels)
+            watch.lap("decode")
+        return Rendered(image, latents, watch.seconds())
 
 
-def _sample(pipeline: Any, job: Job, embeds: torch.Tensor, at_step: Callable[[], None]) -> torch.Tensor:  # fmt: skip
+class Stopwatch:
+    """Measures stages; those of a GPU there, so that nobody has to wait between them.
+
+    Args:
+        device: where the stages run.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device, self._laps = device, []
+        self.lap("start")
+
+    def lap(self, stage: str) -> None:
+        """Note that a stage has ended."""
+        if self._device.type != "cuda":
+            self._laps.append((stage, time.perf_counter()))
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        self._laps.append((stage, event))
+
+    def seconds(self) -> dict[str, float]:
+        """Of each stage, all of its laps together; waits for the last one."""
+        found: dict[str, float] = {}
+        if self._device.type == "cuda":
+            self._laps[-1][1].synchronize()
+        for (_, before), (stage, after) in itertools.pairwise(self._laps):
+            spent = after - before if isinstance(after, float) else before.elapsed_time(after) / 1e3
+            found[stage] = found.get(stage, 0.0) + spent
+        return found
+
+
+def _sample(
+    pipeline: Any, job: Job, embeds: torch.Tensor, noise: torch.Tensor, at_step: Callable[[], None]
+) -> torch.Tensor:
     def step_ended(pipeline: Any, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
         at_step()
         return tensors
 
     check_images(job.images)
+    if embeds.device.type == "cuda":  # from other memory it would wait for the text encoder
+        noise = noise.pin_memory().to(embeds.device, non_blocking=True)
     return pipeline(
         image=_read_images(job.images) or None,
         prompt_embeds=embeds.float(),
-        latents=klein_noise(job.seed, job.width, job.height),
+        latents=noise,
         width=job.width,
         height=job.height,
         num_inference_steps=job.steps,
@@ -101,12 +136,18 @@ def _sample(pipeline: Any, job: Job, embeds: torch.Tensor, at_step: Callable[[],
     ).images
 
 
-def _to_image(picture: torch.Tensor) -> Any:
-    """As the pipeline's own postprocessing, but on the device: [1, 3, H, W], -1 to 1, to PIL's."""
+def _decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """[H, W, 3] uint8, computed as the pipeline's own postprocessing does, but on the device."""
+    own = "_decode" not in vars(vae)  # Ark's engine reads and gives fp32
+    picture = vae.decode(latents.to(vae.dtype) if own else latents, return_dict=False)[0]
+    pixels = (picture[0].float() * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return pixels.permute(1, 2, 0).contiguous()
+
+
+def _to_image(pixels: torch.Tensor) -> Any:
     from PIL import Image
 
-    pixels = (picture[0].float() * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+    return Image.fromarray(pixels.cpu().numpy())
 
 
 def _read_images(paths: Sequence[str]) -> list[Any]:

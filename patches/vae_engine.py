@@ -18,24 +18,20 @@ import torch
 from ..toolkit.architecture import SPATIAL_FACTOR
 from ..toolkit.autoencoder import Decoder, Encoder, decode, encode
 from ..toolkit.fused.graph import Graphs
-from ..toolkit.fused.reference_pixels import EPS, GROUPS
 from ..toolkit.fused.runner import Unknown, operations_for
-from ..toolkit.hardware import probe_hardware
-from ..toolkit.pixel_layers import USUAL, Attention, Block, Conv, Matrix, Middle, Norm, fold
+from ..toolkit.pixel_layers import USUAL, Attention, Block, Conv, Matrix, Middle
+from ..toolkit.pixel_memory import BAND, MOST, RECORDED, ROOM, SHARE, needed, numbers
+from ..toolkit.pixel_records import (
+    check_weights,
+    conv,
+    matrix,
+    norm,
+    with_inputs,
+    with_outputs,
+)
 
 DEVICES = ("cuda",)
 DTYPES = (torch.bfloat16,)
-BF16 = (8, 0)  # the first compute capability that calculates in it
-CHANNELS = 8  # what the first and the last convolution have is rounded up to a multiple, which a GPU multiplies fast
-RECORDED = 3 << 30  # bytes that a run may need to be recorded; larger ones keep a card busy
-SHARE = 16  # of the card's memory that a recording may keep: one in so many
-ROOM = 512 << 20  # bytes beside the pixels: attention's scores, what convolutions work in
-BAND = 1 << 18  # pixels at a time where memory is short
-TENSORS = {
-    "decode": (6.0, 3.0),
-    "encode": (4.0, 2.5),
-}  # of the largest size, needed at once: at one go, in bands
-MOST = 15 << 27  # numbers of the largest tensor; from 16 << 27 on libraries count differently
 PARTS = {"decode": host.Decoder, "encode": host.Encoder}
 log = logging.getLogger("ark")
 
@@ -98,9 +94,7 @@ class VaeEngine:
 
     def needed(self, way: str, height: int, width: int, band: bool = False) -> int:
         """Bytes that a picture takes while it is computed, px; an estimate."""
-        at_once, in_bands = TENSORS[way]
-        one = height * width * self._width(way) * self._itemsize
-        return int(one * (in_bands if band else at_once)) + ROOM
+        return needed(way, height * width, self._width(way), self._itemsize, band)
 
     def copies(self, way: str) -> int:
         """Bytes of the copies of weights that are still to be made."""
@@ -110,9 +104,10 @@ class VaeEngine:
 
     def at_once(self, way: str, batch: int, height: int, width: int, free: int) -> int:
         """How many pictures of a batch fit into so many bytes, px; 0 if not even one does."""
-        numbers = height * width * self._width(way) * (2 if way == "decode" else 1)
         room = (free - ROOM) // (self.needed(way, height, width) - ROOM)
-        return max(0, min(batch, room, (MOST - 1) // numbers))
+        return max(
+            0, min(batch, room, (MOST - 1) // numbers(way, height * width, self._width(way)))
+        )
 
     def _width(self, way: str) -> int:
         """Channels at the size of the picture."""
@@ -125,13 +120,13 @@ class VaeEngine:
     def decode(self, record: Decoder, latents: torch.Tensor, band: bool = False, lasting: bool = True) -> torch.Tensor:  # fmt: skip
         """See `autoencoder.decode`; in bands if memory is short; recorded if the size is to come again."""
         height, width = (SPATIAL_FACTOR * side for side in latents.shape[2:])
-        needed = len(latents) * self.needed("decode", height, width)
-        return self._run(decode, record, latents, band, lasting and _recordable(needed, latents))
+        nbytes = len(latents) * self.needed("decode", height, width)
+        return self._run(decode, record, latents, band, lasting and _recordable(nbytes, latents))
 
     def encode(self, record: Encoder, pixels: torch.Tensor, band: bool = False, lasting: bool = True) -> torch.Tensor:  # fmt: skip
         """See `autoencoder.encode`; otherwise as `decode`."""
-        needed = len(pixels) * self.needed("encode", *pixels.shape[1:3])
-        return self._run(encode, record, pixels, band, lasting and _recordable(needed, pixels))
+        nbytes = len(pixels) * self.needed("encode", *pixels.shape[1:3])
+        return self._run(encode, record, pixels, band, lasting and _recordable(nbytes, pixels))
 
     def _run(self, function: Callable, record: Any, x: torch.Tensor, band: bool, lasting: bool) -> torch.Tensor:  # fmt: skip
         operations, _ = operations_for(x.device)
@@ -146,9 +141,9 @@ class VaeEngine:
         return self.graphs.run(key, work, x)
 
 
-def _recordable(needed: int, x: torch.Tensor) -> bool:
+def _recordable(nbytes: int, x: torch.Tensor) -> bool:
     """Whether a recording, which keeps the memory that it needs, leaves enough to others."""
-    return needed <= min(RECORDED, comfy.model_management.get_total_memory(x.device) // SHARE)
+    return nbytes <= min(RECORDED, comfy.model_management.get_total_memory(x.device) // SHARE)
 
 
 def _changed(module: torch.nn.Module) -> bool:
@@ -162,22 +157,18 @@ def _decoder(model: Any) -> Decoder:
         raise Unknown("it ends in a tanh")
     mean, deviation = _latents(model)
     levels = [
-        (list(map(_block, level.block)), _conv(level.upsample, double=True) if number else None)
+        (list(map(_block, level.block)), _resize(level.upsample, double=True) if number else None)
         for number, level in reversed(list(enumerate(part.up)))
     ]
-    last = _conv(part.conv_out)
-    padding = -len(last.weight) % CHANNELS
-    weight = torch.nn.functional.pad(last.weight, (0, 0) * 3 + (0, padding))
-    bias = torch.nn.functional.pad(last.bias, (0, padding))
     return Decoder(
         mean,
         deviation,
-        _matrix(model.post_quant_conv),
-        _conv(part.conv_in),
+        matrix(model.post_quant_conv),
+        conv(part.conv_in),
         _middle(part.mid),
         levels,
-        _norm(part.norm_out),
-        Conv(weight.contiguous(memory_format=torch.channels_last), bias),
+        norm(part.norm_out),
+        with_outputs(conv(part.conv_out)),
     )
 
 
@@ -186,18 +177,17 @@ def _encoder(model: Any) -> Encoder:
     part = _checked(model, model.encoder, host.Encoder)
     mean, deviation = _latents(model)
     levels = [
-        (list(map(_block, level.block)), _conv(level.downsample) if hasattr(level, "downsample") else None)
+        (list(map(_block, level.block)), _resize(level.downsample) if hasattr(level, "downsample") else None)
         for level in part.down
     ]  # fmt: skip
-    first, whole = _conv(part.conv_in), _matrix(model.quant_conv)
-    weight = torch.nn.functional.pad(first.weight, (0, 0) * 2 + (0, -first.weight.shape[1] % CHANNELS))  # fmt: skip
+    whole = matrix(model.quant_conv)
     half = len(whole.bias) // 2  # the mean; the rest would be its variance
     return Encoder(
-        Conv(weight.contiguous(memory_format=torch.channels_last), first.bias),
+        with_inputs(conv(part.conv_in)),
         levels,
         _middle(part.mid),
-        _norm(part.norm_out),
-        _conv(part.conv_out),
+        norm(part.norm_out),
+        conv(part.conv_out),
         Matrix(whole.weight[:half], whole.bias[:half]),
         mean,
         deviation,
@@ -207,18 +197,7 @@ def _encoder(model: Any) -> Encoder:
 def _checked(model: Any, part: Any, kind: type) -> Any:
     """The encoder or decoder of the host's module, if it is of the kind that the engine knows, and on a fast device."""
     weights = [*part.parameters(), model.quant_conv.weight, model.post_quant_conv.weight]
-    devices = {weight.device for weight in weights}
-    if len(devices) > 1:
-        raise Unknown("its weights are on several devices")
-    if (device := devices.pop()).type not in DEVICES:
-        raise Unknown(f"its weights are on {device}")
-    kinds = {weight.dtype for weight in weights}
-    if other := sorted(str(dtype).removeprefix("torch.") for dtype in kinds.difference(DTYPES)):
-        raise Unknown(f"its weights are {', '.join(other)}")
-    if device.type == "cuda" and probe_hardware(device).compute_capability < BF16:
-        raise Unknown("it wants an NVIDIA GPU that calculates in bf16")
-    if device.type == "cuda" and (why := operations_for(device)[1]) != "operations in Triton":
-        raise Unknown(why)
+    check_weights(weights, DEVICES, DTYPES)
     levels = part.up if kind is host.Decoder else part.down
     known = type(part) is kind and model.bn is not None and model.max_batch_size is None
     if not known or getattr(part, "carried", False) or any(len(level.attn) for level in levels):
@@ -235,43 +214,18 @@ def _latents(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _middle(part: Any) -> Middle:
     attn = part.attn_1
-    q, k, v = (_matrix(layer) for layer in (attn.q, attn.k, attn.v))
-    qkv = Matrix(torch.cat((q.weight, k.weight, v.weight)), torch.cat((q.bias, k.bias, v.bias)))
-    return _block(part.block_1), Attention(_norm(attn.norm), qkv, _matrix(attn.proj_out)), _block(part.block_2)  # fmt: skip
+    attention = Attention(norm(attn.norm), matrix(attn.q, attn.k, attn.v), matrix(attn.proj_out))
+    return _block(part.block_1), attention, _block(part.block_2)
 
 
 def _block(block: Any) -> Block:
     if type(block) is not host.ResnetBlock or block.use_conv_shortcut:
         raise Unknown("its blocks are of another kind")
-    shortcut = _matrix(block.nin_shortcut) if block.in_channels != block.out_channels else None
-    return Block(_norm(block.norm1), _conv(block.conv1), _norm(block.norm2), _conv(block.conv2), shortcut)  # fmt: skip
+    shortcut = matrix(block.nin_shortcut) if block.in_channels != block.out_channels else None
+    return Block(norm(block.norm1), conv(block.conv1), norm(block.norm2), conv(block.conv2), shortcut)  # fmt: skip
 
 
-def _conv(layer: Any, double: bool = False) -> Conv:
-    """A convolution of 3x3, its weight copied into the order that a GPU reads; `double` if the picture is doubled before."""
-    if hasattr(layer, "with_conv"):
-        if not layer.with_conv or getattr(layer, "scale_factor", 2.0) != 2.0:
-            raise Unknown("it changes sizes in another way")
-        layer = layer.conv
-    weight = _weight(layer)
-    if weight.shape[2:] != (3, 3):
-        raise Unknown("its convolutions are of another kind")
-    ordered = weight.contiguous(memory_format=torch.channels_last)
-    folded = fold(weight).contiguous(memory_format=torch.channels_last) if double else None
-    return Conv(ordered, layer.bias.detach().float(), folded)
-
-
-def _matrix(layer: Any) -> Matrix:
-    return Matrix(_weight(layer).flatten(1), layer.bias.detach().float())
-
-
-def _norm(layer: Any) -> Norm:
-    if layer.num_groups != GROUPS or layer.eps != EPS:
-        raise Unknown("its norms are of another kind")
-    return Norm(_weight(layer).float(), layer.bias.detach().float())
-
-
-def _weight(layer: Any) -> torch.Tensor:
-    if getattr(layer, "weight_function", None) or getattr(layer, "bias_function", None):
-        raise Unknown("its weights are patched while they are used")
-    return layer.weight.detach()
+def _resize(layer: Any, double: bool = False) -> Conv:
+    if not layer.with_conv or getattr(layer, "scale_factor", 2.0) != 2.0:
+        raise Unknown("it changes sizes in another way")
+    return conv(layer.conv, double)

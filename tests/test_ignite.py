@@ -81,12 +81,20 @@ def hashes(folders, suffixes):
     return found
 
 
+def stamps(folders):
+    """Size and time of every file but what Python compiles for itself."""
+    files = (path for folder in folders for path in Path(folder).rglob("*"))
+    found = {path: path.lstat() for path in files if "__pycache__" not in path.parts}
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
+
+
 def test_one_command_makes_a_picture_and_changes_nothing_else(tmp_path):
     packages = [Path(importlib.util.find_spec(name).origin).parent for name in ("diffusers", "transformers", "torch")]  # fmt: skip
+    packages += [folder for folder in find_model().tokenizer.parents if folder.name == "comfy"]
     models = [ASSETS, embedded_text_encoder().parent, find_model().tokenizer]
     suffixes = {".safetensors", ".json", ".txt"}
-    before = hashes(packages, {".py"}), hashes(models, suffixes)
-    assert len(before[0]) > 1000 and len(before[1]) > 4
+    before = hashes(packages, {".py"}), hashes(models, suffixes), stamps([*packages, *models])
+    assert len(before[0]) > 1000 and len(before[1]) > 4 and len(before[2]) > len(before[0])
     code, out, err = ignite("a large green square on a black background", "--json", "--seed", 3, cwd=tmp_path)  # fmt: skip
     assert code == 0, err
     result = json.loads(out)
@@ -100,7 +108,8 @@ def test_one_command_makes_a_picture_and_changes_nothing_else(tmp_path):
         assert 0.05 < share < 0.6  # the square
         settings = json.loads(image.text["ark"])
     assert settings["seed"] == 3 and settings["engine"] == "fused"
-    assert before == (hashes(packages, {".py"}), hashes(models, suffixes))
+    after = hashes(packages, {".py"}), hashes(models, suffixes), stamps([*packages, *models])
+    assert before == after
 
 
 def test_the_table_and_a_file_of_ones_own(inside, tmp_path):

@@ -68,11 +68,19 @@ def decode(
     """
     if choices.band and len(latents) > 1:
         return torch.cat([decode(weights, one, operations, choices) for one in latents.split(1)])
-    network, dtype = Network(operations, choices), weights.first.weight.dtype
     z = latents.float() * weights.deviation[:, None, None] + weights.mean[:, None, None]
     batch, channels, height, width = z.shape
     z = z.view(batch, channels // PACK**2, PACK, PACK, height, width).permute(0, 4, 2, 5, 3, 1)
-    z = z.reshape(batch, PACK * height, PACK * width, -1).to(dtype)
+    z = z.reshape(batch, PACK * height, PACK * width, -1)
+    return to_pixels(weights, z, operations, choices)
+
+
+def to_pixels(
+    weights: Decoder, z: torch.Tensor, operations: Any = reference, choices: Choices = USUAL
+) -> torch.Tensor:
+    """As `decode`, of what the encoder made, [B, H / 8, W / 8, 32]."""
+    network, dtype = Network(operations, choices), weights.first.weight.dtype
+    z = z.to(dtype)
     z = F.linear(z, weights.widen.weight, weights.widen.bias.to(dtype))
     x: Any = network.middle(Pixels(network.convolve(z, weights.first.weight), weights.first.bias), weights.middle)  # fmt: skip
     for number, (blocks, up) in enumerate(weights.levels):
@@ -109,6 +117,17 @@ def encode(
     """
     if choices.band and len(pixels) > 1:
         return torch.cat([encode(weights, one, operations, choices) for one in pixels.split(1)])
+    z = from_pixels(weights, pixels, operations, choices)
+    batch, height, width, channels = z.shape
+    z = z.view(batch, height // PACK, PACK, width // PACK, PACK, channels).permute(0, 5, 2, 4, 1, 3)
+    z = z.reshape(batch, channels * PACK**2, height // PACK, width // PACK)
+    return (z - weights.mean[:, None, None]) / weights.deviation[:, None, None]
+
+
+def from_pixels(
+    weights: Encoder, pixels: torch.Tensor, operations: Any = reference, choices: Choices = USUAL
+) -> torch.Tensor:
+    """As `encode`, but what the encoder itself makes: [B, H / 8, W / 8, outputs of `narrow`] fp32."""
     network, first = Network(operations, choices), weights.first.weight
     padded = F.pad(pixels.to(first.dtype), (0, first.shape[1] - pixels.shape[3]))
     x = Pixels(network.convolve(padded, first), weights.first.bias)
@@ -121,8 +140,4 @@ def encode(
     size = (*x.size[:3], len(weights.last.bias))
     y = collect(size, bands, lambda band: network.convolve_normed(x, factors, weights.last, band, last_use=True))  # fmt: skip
     y = (y.float() + weights.last.bias).to(y.dtype)
-    z = F.linear(y, weights.narrow.weight, weights.narrow.bias.to(y.dtype)).float()
-    batch, height, width, channels = z.shape
-    z = z.view(batch, height // PACK, PACK, width // PACK, PACK, channels).permute(0, 5, 2, 4, 1, 3)
-    z = z.reshape(batch, channels * PACK**2, height // PACK, width // PACK)
-    return (z - weights.mean[:, None, None]) / weights.deviation[:, None, None]
+    return F.linear(y, weights.narrow.weight, weights.narrow.bias.to(y.dtype)).float()

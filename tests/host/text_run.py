@@ -16,8 +16,8 @@ import torch  # noqa: E402
 sys.path.append(str(pack_parent))
 from tiny_klein import difference  # noqa: E402
 
-from ark.patches import text_engine  # noqa: E402
 from ark.patches.text_encoder import ENCODER, embed_tokens, load_text_encoder  # noqa: E402
+from ark.toolkit import text_engine  # noqa: E402
 from ark.toolkit.embedded import embedded_text_encoder  # noqa: E402
 
 PROMPTS = {

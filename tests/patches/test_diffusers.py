@@ -145,6 +145,13 @@ def test_the_fused_engine_in_fp8_follows_its_weights(transformer):
         attn = transformer.transformer_blocks[0].attn
         attn.to_k.weight = torch.nn.Parameter(-4 * attn.to_k.weight, requires_grad=False)
         changed = run(transformer)
+        transformer.proj_out.weight.mul_(1)  # nothing but the count has changed
+        out = transformer.transformer_blocks[0].ff.linear_out
+        out.weight.mul_(-8)  # in place, as a LoRA is fused
+        again = run(transformer)
+    reference = run(transformer)
+    assert (again - reference).norm() < 0.1 * (again - changed).norm()
+    out.weight.div_(-8)
     reference = run(transformer)
     assert (changed - reference).norm() < 0.02 * reference.norm()
     assert (changed - reference).norm() < 0.5 * (low - reference).norm()

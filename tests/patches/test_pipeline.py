@@ -120,13 +120,6 @@ def test_the_conditioning_is_the_pipelines_own(embedded, prompt):
     assert encode(prompt) is found  # remembered
 
 
-def test_a_text_encoder_with_other_attention_gets_the_mask_that_it_reads(embedded, monkeypatch):
-    expected = Renderer(embedded).encode(PROMPT)
-    monkeypatch.setattr(embedded.text_encoder.config, "_attn_implementation", "eager")
-    with torch.no_grad():
-        assert torch.allclose(Renderer(embedded).encode(PROMPT), expected, rtol=1e-4, atol=1e-5)
-
-
 def test_an_fp8_file_gives_nearly_the_same(embedded, tmp_path):
     weights, scaled = load_file(KLEIN), {}
     for key, tensor in weights.items():

@@ -165,7 +165,10 @@ def ignite(
 def _attach_engines(pipeline: Any, set_on: Combustion) -> None:
     """Let a pipeline's text encoder and VAE run in Ark's engines, or say why not."""
     set_on._detach.append(attach_set_up(pipeline))
-    found = {"text encoder": attach_text_encoder(pipeline), "VAE": attach_vae(pipeline.vae)}
+    found: dict[str, tuple[Any, Any]] = {
+        "text encoder": attach_text_encoder(pipeline),
+        "VAE": attach_vae(pipeline.vae),
+    }
     for name, (engine, detach) in found.items():
         set_on.engines[name] = engine
         set_on._detach.append(detach)

@@ -78,7 +78,9 @@ class _Record:
 
     def __init__(self, transformer: torch.nn.Module, runner: Runner):
         self._transformer, self._runner = transformer, runner
-        self.forget()
+        self._sources: Sources | None = None
+        self._like: tuple[torch.dtype, torch.device] | None = None
+        self._made: Any = None
 
     def forget(self) -> None:
         self._sources, self._like, self._made = None, None, None

@@ -28,7 +28,6 @@ from ..toolkit.keys import (
     transformer_from_diffusers,
     vae_from_diffusers,
 )
-from ..toolkit.lazy import import_lazily
 from ..toolkit.model_files import ModelFiles, find_model
 from ..toolkit.shipment import Shipment
 from ..toolkit.storage import available_memory
@@ -109,9 +108,6 @@ def load_pipeline(
         for part in parts.values():  # what is still in the queue when this fails or is interrupted
             ended.callback(part.shipment.cancel)
         imported = time.perf_counter()
-        import_lazily(
-            "scipy.stats"
-        )  # half a second; schedulers import it for sigmas that Klein has not
         from diffusers import (  # as long as the weights take
             FlowMatchEulerDiscreteScheduler,
             Flux2KleinPipeline,

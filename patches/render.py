@@ -90,7 +90,8 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device):
-        self._device, self._laps = device, []
+        self._device = device
+        self._laps: list[tuple[str, Any]] = []
         self.lap("start")
 
     def lap(self, stage: str) -> None:

@@ -68,7 +68,7 @@ class PipelineTextEngine(TextEngine):
         if not self.ready(encoder):
             return None
         model = getattr(encoder, "model", encoder)
-        layers = self._layers
+        layers: Any = self._layers
         # transformers reads the last layer behind the last norm
         most = len(layers) - (not isinstance(model.norm, torch.nn.Identity))
         if sorted({*taps}) != list(taps) or not 0 < taps[0] <= taps[-1] <= most:
@@ -87,7 +87,8 @@ def attach_text_encoder(pipeline: Any) -> tuple[PipelineTextEngine, Callable[[],
     Returns:
         The engine, and a function that undoes it.
     """
-    engine, own = PipelineTextEngine(), getattr(type(pipeline), METHOD, None)
+    engine = PipelineTextEngine()
+    own: Any = getattr(type(pipeline), METHOD, None)
     if own is None or METHOD in vars(pipeline):
         engine.refuse("the pipeline encodes prompts in another way")
     if engine.reasons or not engine.ready(pipeline.text_encoder):

@@ -30,7 +30,7 @@ DEVICES = ("cuda",)
 DTYPES = (torch.bfloat16,)
 PIXELS_OF_LATENTS = SPATIAL_FACTOR // 2  # px along each side of what the encoder makes
 READ = {"decode": read_decoder, "encode": read_encoder}
-RUN = {"decode": to_pixels, "encode": from_pixels}
+RUN: dict[str, Any] = {"decode": to_pixels, "encode": from_pixels}
 log = logging.getLogger("ark")
 
 

@@ -39,10 +39,7 @@ def load_klein(folder: Path, tiny: bool) -> tuple[object, int]:
 
 
 def four_steps(model, width: int, size: int, seed: int = 0, batch: int = 1, references: int = 0):  # noqa: ANN001
-    """Seconds of four steps, to the last kernel's end, and the latents [B, 128, size / 16, size / 16].
-
-    The conditioning lies in pinned memory, as Ark's text encoder hands it over, for whoever samples.
-    """
+    """Seconds of four steps, to the last kernel's end, and the latents [B, 128, size / 16, size / 16]."""
     import torch
 
     from ark.patches.sampling import sample_klein
@@ -52,8 +49,7 @@ def four_steps(model, width: int, size: int, seed: int = 0, batch: int = 1, refe
     options: dict = {"pooled_output": None}
     if references:
         options["reference_latents"] = [torch.randn(1, 128, side, side, generator=generator) for _ in range(references)]  # fmt: skip
-    embeds = torch.randn(1, 512, width, generator=generator)
-    positive = [[embeds.pin_memory() if torch.cuda.is_available() else embeds, options]]
+    positive = [[torch.randn(1, 512, width, generator=generator), options]]
     latent = {"samples": torch.zeros(batch, 128, side, side)}
     start = time.perf_counter()
     samples = sample_klein(model, positive, latent, seed, STEPS, 1.0)["samples"].cpu()  # waits

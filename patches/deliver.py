@@ -1,4 +1,7 @@
-"""Tensors between a GPU and the host's memory, in one copy each and at the speed of the link, which takes pinned memory."""
+"""Tensors between a GPU and the host's memory, at the speed of the link, which takes pinned memory.
+
+It is borrowed: the host keeps results for as long as it likes, and to pin memory anew for each takes longer than to copy.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ log = logging.getLogger("ark")
 
 
 def deliver(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Bring a result to where the host wants it: from a GPU to pinned memory, which the next node reads fast.
+    """Bring a result to where the host wants it: from a GPU through pinned memory.
 
     Args:
         tensor: of the result.
@@ -20,8 +23,9 @@ def deliver(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """
     if tensor.device.type != "cuda" or device.type != "cpu":
         return tensor.to(device)
-    there = pinned(tensor)
-    return tensor.to(device) if there is None else there.copy_(tensor)
+    if (there := pinned(tensor)) is None:
+        return tensor.to(device)
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(there.copy_(tensor))
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

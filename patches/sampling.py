@@ -14,6 +14,7 @@ import torch
 
 from ..toolkit.architecture import SPATIAL_FACTOR
 from ..toolkit.schedule import klein_sigmas
+from .deliver import upload
 from .references import REFERENCES
 from .sampling_inputs import check_conditioning, check_latent, check_mask, check_model, check_sigmas
 
@@ -94,21 +95,17 @@ def _guider(model: Any, positive: list, negative: list | None, cfg: float) -> An
     guider = comfy.samplers.CFGGuider(model)
     device = model.load_device
     guider.inner_set_conds({
-        name: [[_moved(tensor, device), _with_moved_references(options, device)] for tensor, options in given]
+        name: [[upload(tensor, device), _with_moved_references(options, device)] for tensor, options in given]
         for name, given in conditionings.items()
     })  # fmt: skip
     guider.set_cfg(cfg)
     return guider
 
 
-def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return tensor.to(device, non_blocking=comfy.model_management.device_supports_non_blocking(device))  # fmt: skip
-
-
 def _with_moved_references(options: dict, device: torch.device) -> dict:
     if REFERENCES not in options:
         return options
-    return {**options, REFERENCES: [_moved(latents, device) for latents in options[REFERENCES]]}
+    return {**options, REFERENCES: [upload(latents, device) for latents in options[REFERENCES]]}
 
 
 def _too_large(samples: torch.Tensor, positive: list) -> str:

@@ -28,6 +28,7 @@ SUFFIX = ".safetensors"
 IN_MEMORY = 256 << 20  # bytes, 16 prompts of Klein 4B
 ON_DISK = 1.0  # GB, 64 prompts, unless ARK_EMBEDDINGS_GB says otherwise
 WAITING = 8  # prompts at most that are still to be written
+LATER = 0.1  # s; by then the sampler waits for the card, and whoever needs the interpreter disturbs nobody
 FORGOTTEN = 3600.0  # s after which a draft belongs to nobody
 CHECKSUM = "crc32"
 Tensors = dict[str, torch.Tensor]
@@ -108,13 +109,9 @@ class Embeddings:
                 self._recent.popitem(last=False)
 
     def _settle(self, key: str, tensors: Tensors, lasting: bool) -> None:
-        """In the background: keep a copy in place of pinned memory, which the next result then finds free; and on disk."""
-        if any(tensor.is_pinned() for tensor in tensors.values()):
-            tensors = {name: torch.empty_like(tensor, pin_memory=False).copy_(tensor) for name, tensor in tensors.items()}  # fmt: skip
-            with self._lock:
-                if key in self._recent:
-                    self._recent[key] = tensors
+        """In the background: on disk."""
         if lasting and self.on_disk:
+            time.sleep(LATER)
             self._write(key, tensors)
 
     def _write(self, key: str, tensors: Tensors) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,6 @@ from comfy_execution.utils import get_executing_context
 
 EVENT, ROUTE = "ark.state", "/ark/state"
 KEPT_STATES, KEPT_RUNS = 200, 24
-LOOKED_BACK = 32  # prompts that ran since a page asked last
 Facts = dict[str, Any]
 
 
@@ -47,11 +46,7 @@ class Place:
 _states: OrderedDict[tuple[str | None, str], tuple[Place, Callable[[], Facts]]] = OrderedDict()
 _keys: dict[tuple[str | None, str], str] = {}  # of the nodes with a state: what it depends on
 _runs: OrderedDict[str, Facts] = OrderedDict()
-<<<<<<< HEAD
-_looked_at: deque[str] = deque(maxlen=2 * LOOKED_BACK)  # prompts
-=======
 _looked_at: set[str] = set()  # the prompts that `_take_over` knows
->>>>>>> canvas
 
 
 def server() -> Any:
@@ -125,21 +120,11 @@ def everything() -> Facts:
 
 def _take_over() -> None:
     """Nodes that a prompt took from the host's cache show what they did when they ran, be it in another graph."""
-<<<<<<< HEAD
-    for _, name, prompt, extra, *_ in (
-        item["prompt"] for item in _history(max_items=LOOKED_BACK).values()
-    ):
-        if name in _looked_at:
-            continue
-        _looked_at.append(name)
-        known = {key: _states[place] for place, key in list(_keys.items()) if place in _states}
-=======
     last = [item["prompt"] for item in _history(max_items=KEPT_RUNS).values()]  # the oldest first
     new = [item for item in last if item[1] not in _looked_at]
     _looked_at.clear()
     _looked_at.update(item[1] for item in last)
     for _, name, prompt, extra, *_ in new:
->>>>>>> canvas
         graph = _graph_of(extra.get("extra_pnginfo"))
         known = {key: _states[place] for place, key in list(_keys.items()) if place in _states}
         for number, key in keys_of(prompt).items():

@@ -83,7 +83,7 @@ def test_pages_of_the_nodes_and_the_readme_are_among_them():
         ("[a](http://plain.example)", "is no address"),
         ("<img src='nowhere.png'>", "is not there"),
         ("[a]: nowhere.md", "is not there"),
-        ("[a](CHANGELOG.md#unreleased) [b](#nodes)", None),
+        ("[a](CHANGELOG.md#unreleased) [b](#nodes-and-options)", None),
         ("`[a](nowhere.md)`\n```\n[a](nowhere.md)\n```\n", None),
     ],
 )

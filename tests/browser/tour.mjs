@@ -117,10 +117,10 @@ const wire = () =>
     put("LoadImage", "image", "example.png");
     const rows = [
       ["ArkFastLoader", "ArkSageCombustion", "ArkPrewarm", "ArkSampler4Step", "VAEDecode", "SaveImage"],
-      ["LoadImage", "ArkTextEncode", "ArkReferenceImages", "ArkScheduler", "ArkReport"],
+      ["LoadImage", "ArkTextEncode", "ArkReferenceImages", "ArkScheduler", "ArkReport", "ArkDoctor"],
     ];
     rows.forEach((row, down) => row.forEach((type, across) => (node(type).pos = [40 + 420 * across, 80 + 600 * down])));
-    for (const type of ["ArkFastLoader", "ArkTextEncode", "ArkReport"]) node(type).size = [380, node(type).size[1]];
+    for (const type of ["ArkFastLoader", "ArkTextEncode", "ArkReport", "ArkDoctor"]) node(type).size = [380, node(type).size[1]];
     app.canvas.setDirty(true, true);
   });
 
@@ -247,7 +247,11 @@ try {
   await wire();
   await fit();
   seen.run = await queue();
-  const told = () => [...document.querySelectorAll(".ark-badge")].every((badge) => badge.dataset.known === "yes");
+  const told = () => {
+    const badges = [...document.querySelectorAll(".ark-badge")];
+    const resident = badges.some((badge) => badge.textContent.includes("transformer 13 MB")); // asked for when a run has ended
+    return resident && badges.every((badge) => badge.dataset.known === "yes");
+  };
   await page.waitForFunction(told, null, { timeout: 10000 }).catch(() => {}); // the test says which one was not
   seen.badges = await badges();
   await page.mouse.move(60, 700);

@@ -70,7 +70,10 @@ def floor(engine, model, size: int, batch: int = 1, references: int = 0) -> floa
     heads = flux.num_heads
     qkv = torch.randn(3, batch, sum(lengths) // batch, heads, 128, device=device, dtype=dtype)
     override = model.model_options["transformer_options"].get("optimized_attention_override")
-    attend = KERNELS[override.kernel].attend if override else F.scaled_dot_product_attention
+    kernel = (
+        "cudnn" if override and override.kernel == "cudnn_fp8" else override and override.kernel
+    )
+    attend = KERNELS[kernel].attend if kernel else F.scaled_dot_product_attention
     inputs: dict = {}
 
     def call(matrix, length: int) -> None:  # noqa: ANN001

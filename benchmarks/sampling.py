@@ -1,7 +1,7 @@
 """Four steps with the fused engine: `python benchmarks/sampling.py --comfyui DIR [--folder DIR] [--repeat 10]`.
 
 One process with ComfyUI's real model object, Klein 4B's true shapes with random weights: ComfyUI as it is against the fused
-engine in bf16 and fp8, in turns, at several sizes, as a batch, and editing with one reference. The floor, from the same run:
+engine in bf16, fp8, and fp8 with fp8 attention, in turns, at several sizes, as a batch, and editing with one reference. The floor, from the same run:
 the model's own matrices by the library's GEMM, and cuDNN's attention, nothing else. Then the numbers: how far the latents
 are from those in fp32. Two processes more show the first image with an empty cache of kernels and with a warm one. Needs a
 GPU and 8 GB of disk; `--tiny` runs it with the embedded model, on a CPU too, to test the benchmark itself (then nothing is
@@ -30,6 +30,9 @@ CASES = {
     "batch4": {"size": 1024, "batch": 4},
     "edit1": {"size": 1024, "references": 1},
 }
+FP8_ATTENTION = (
+    "cudnn_fp8"  # where it runs, a case of its own; its floor has cuDNN's attention in bf16
+)
 TINY = {name: {**how, "size": 128} for name, how in CASES.items()}
 
 
@@ -102,6 +105,8 @@ def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict], str]:
     from ark.benchmarks.record import row
     from ark.patches.attention import set_attention
     from ark.patches.fused import DIFFUSION_MODEL, KEY, set_fused
+    from ark.toolkit.hardware import probe_hardware
+    from ark.toolkit.kernels import KERNELS
 
     model, width = load_klein(folder, args.tiny)
     attention, report = set_attention(model, "auto")
@@ -112,6 +117,10 @@ def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict], str]:
         "bf16": set_fused(attention, "bf16")[0],
         "fp8": set_fused(set_attention(load_klein(folder, args.tiny)[0], "auto")[0], "fp8")[0],
     }
+    device = torch.device(model.load_device)
+    if KERNELS[FP8_ATTENTION].unavailable(probe_hardware(device)) is None:
+        another = set_attention(load_klein(folder, args.tiny)[0], FP8_ATTENTION)[0]
+        models["fp8_attention"] = set_fused(another, "fp8")[0]
     engines = {name: m.get_wrappers(DIFFUSION_MODEL, KEY)[0].engine for name, m in models.items() if name != "comfyui"}  # fmt: skip
     rows: list[dict] = []
 

@@ -1,11 +1,11 @@
 """Equal pictures under the host's memory settings: `python benchmarks/modes.py --comfyui DIR [--folder DIR]`.
 
-Real ComfyUI servers with `--lowvram`, `--highvram` and `--reserve-vram` (all but 6 GB), each once with ArkFastLoader and
-once with the host's own loaders, the rest of the graph the same: two prompts, 1024x1024, 4 steps. Text encoder and
-VAE calculate in fp32 (`--fp32-text-enc --fp32-vae`), which leaves them to the host on both sides: Ark's own engines differ by
-the error of bf16; the cases without these flags show by how much. A row says how far the pictures are apart at most, of 255. Random weights of the true shapes; needs a GPU, a
-ComfyUI of 0.33 or later and 17 GB of disk. `--tiny` runs it with the embedded model, on a CPU too, to test the benchmark itself (then
-nothing is recorded).
+Real ComfyUI servers with `--lowvram`, `--highvram` and `--reserve-vram` (all but 6 GB), each once with ArkFastLoader
+and once with the host's own loaders, the rest of the graph the same: two prompts, 1024x1024, 4 steps. Text encoder and
+VAE calculate in fp32 (`--fp32-text-enc --fp32-vae`), which leaves them to the host on both sides: Ark's own engines
+differ by the error of bf16; the cases without these flags show by how much. A row says how far the pictures are apart
+at most, of 255. Random weights of the true shapes; needs a GPU, a ComfyUI of 0.33 or later and 17 GB of disk. `--tiny`
+runs it with the embedded model, on a CPU too, to test the benchmark itself (then nothing is recorded).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A VAE that decodes and encodes with Ark's engine where that fits, and with the host's code elsewhere.
 
-One copy brings a picture to the host's memory, scaled and clamped on the device. A picture that does not fit into memory at
+A picture leaves the device scaled and clamped, at the speed of the link. A picture that does not fit into memory at
 one go is computed in bands of lines, with the statistics of all of it, so that no seam can be seen; only one that does not
 fit in bands either is cut into the host's tiles.
 """

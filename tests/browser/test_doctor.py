@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).with_name("copy_report.mjs")
 
 
 def test_the_button_copies_the_report(comfyui: Path, chromium: str, tmp_path: Path):
-    folder = Path(os.environ.get("ARK_ARTIFACTS") or tmp_path)
+    folder = Path(os.environ.get("ARK_SCREENSHOTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
     with Host.start(comfyui) as host:
         command = ["node", SCRIPT, host.url, chromium, folder / f"doctor-{comfyui.name}.png"]

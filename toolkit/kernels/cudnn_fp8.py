@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import threading
-from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -15,12 +14,13 @@ import torch
 from ..fused.matrix import Scaled
 from .kernel import HALF, AttentionKernel, needs
 
-PLANS = 16  # shapes that are kept
 PROBABILITIES = (
     256.0  # what they are multiplied with, so that small ones are normal numbers in fp8, too
 )
 SCALES = "descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o"
-_plans: OrderedDict[tuple, _Plan] = OrderedDict()
+_plans: dict[
+    tuple, _Plan
+] = {}  # none is given up: recordings go on using its kernel and its numbers
 _handles: dict[torch.device, Any] = {}
 _lock = threading.RLock()
 atexit.register(_plans.clear)  # before the package's own end, which complains of what is left
@@ -85,9 +85,6 @@ def _attend_fp8(q: Scaled, k: Scaled, v: Scaled) -> Scaled:
     with _lock, torch.cuda.device(q.data.device):  # a handle's stream is set anew for each call
         if key not in _plans:
             _plans[key] = _Plan(q.data, k.data, v.data)
-            while len(_plans) > PLANS:
-                _plans.popitem(last=False)
-        _plans.move_to_end(key)
         return _plans[key](q, k, v)
 
 

@@ -84,6 +84,8 @@ class VaeEngine:
         part = self.model.decoder if way == "decode" else self.model.encoder
         lies = part.conv_in.weight.data_ptr(), part.conv_out.weight.data_ptr()
         if self._records.get(way, (None,))[0] != lies:
+            if way in self._records:  # recordings read what was made of the old ones
+                self.weights_changed()
             try:
                 made = _decoder(self.model) if way == "decode" else _encoder(self.model)
             except Unknown as unknown:

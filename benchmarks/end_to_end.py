@@ -1,7 +1,7 @@
 """From Queue to the decoded picture: `python benchmarks/end_to_end.py --comfyui DIR [--folder DIR] [--repeat 15]`.
 
 Real ComfyUI servers side by side, real HTTP and websockets, 1024x1024, 4 steps, everything loaded: Ark's nodes (fused
-engine, bf16 and fp8) against stock ones in both of the host's memory modes, in turns; one of them works at a time. A case
+engine, bf16, fp8, and fp8 with fp8 attention) against stock ones in both of the host's memory modes, in turns; one of them works at a time. A case
 ends when the server starts the node after VAEDecode, so that the picture is in the host's memory; what SaveImage takes is
 measured apart. Then an editing reference is encoded, and 200 prompts are queued at once: pictures a second, how busy the
 GPU is, and what memory the server holds at the beginning and at the end. Random weights of the true shapes. Needs a GPU, a
@@ -37,7 +37,11 @@ from ark.benchmarks.models import (
 )
 from ark.benchmarks.record import bar_chart, row, write_record
 
-ARK = ("bf16", "fp8")  # a server for each: in one, the weights would leave for each other in turns
+ARK = {
+    "bf16": {"attention": "auto", "precision": "bf16"},
+    "fp8": {"attention": "auto", "precision": "fp8"},
+    "fp8_attention": {"attention": "cudnn_fp8", "precision": "fp8"},
+}  # a server for each: in one, the weights would leave for each other in turns
 SERVERS = {**dict.fromkeys(ARK, ()), "comfyui_static": STATIC, "comfyui_dynamic": ()}
 FLAGS = ["--preview-method", "none"]  # the host's own default; a preview makes every step wait
 WARM = 4  # rounds that load, time kernels and record
@@ -64,7 +68,7 @@ class Server:
                 "ark": node("ArkFastLoader", **self.files),
                 "text": node("CLIPTextEncode", clip=["ark", 1], text=prompt),
                 "latent": node("EmptyFlux2LatentImage", width=self.size, height=self.size, batch_size=1),
-                "burn": node("ArkSageCombustion", model=["ark", 0], attention="auto", engine="fused", precision=self.name),
+                "burn": node("ArkSageCombustion", model=["ark", 0], engine="fused", **ARK[self.name]),
                 "sample": node("ArkSampler4Step", model=["burn", 0], positive=["text", 0], latent_image=["latent", 0], seed=seed, steps=4, denoise=1.0),
                 "decode": node("VAEDecode", samples=["sample", 0], vae=["ark", 2]),
             }  # fmt: skip
@@ -130,12 +134,15 @@ def main() -> None:
         folders = {} if args.tiny else {kind: [folder] for kind in kinds}
         servers = {}
         for name, flags in SERVERS.items():
-            if args.tiny and name not in ARK:
+            if args.tiny and name not in ("bf16", "fp8"):
                 continue
             host = stack.enter_context(bootstrap.Host.start(args.comfyui, extra_args=[*FLAGS, *flags], model_folders=folders))  # fmt: skip
             servers[name] = Server(name, host, args)
         rows = measure(servers, args.repeat) + edits(servers, args.repeat)
-        rows += [saving(servers["bf16"]), sustained(servers["fp8"], args.sustained)]
+        rows += [
+            saving(servers["bf16"]),
+            sustained(servers["fp8" if args.tiny else "fp8_attention"], args.sustained),
+        ]
     if args.tiny:
         return
     known = (args.comfyui / "comfyui_version.py").read_text(encoding="utf-8").split('"')[-2]
@@ -174,10 +181,10 @@ def measure(servers: dict[str, Server], repeat: int) -> list[dict]:
     rows, stock = [], [name for name in servers if name not in ARK]
     for case, found in (("new_prompt", new), ("repeat_prompt", repeated)):
         peers = {name: median(found[name]) for name in stock}
-        for precision in ARK:
-            runs = found[precision]
+        for name in filter(servers.__contains__, ARK):
+            runs = found[name]
             parts = ", ".join(f"{part} {median(runs, part):.1f}" for part in ("text", "sample", "decode"))  # fmt: skip
-            rows.append(said(f"{case}_{precision}", median(runs), "ms", repeat, peers, note=parts))
+            rows.append(said(f"{case}_{name}", median(runs), "ms", repeat, peers, note=parts))
     for case, part in (("encode_new", "text"), ("decode", "decode")):
         peers = {name: median(new[name], part) for name in stock}
         rows.append(said(case, median(new["bf16"], part), "ms", repeat, peers))
@@ -204,7 +211,7 @@ def saving(server: Server) -> dict:
 
 
 def sustained(server: Server, count: int) -> dict:
-    """Prompts queued at once in fp8, each a new one."""
+    """Prompts queued at once, each a new one."""
     for number in range(3):
         server.run(server.graph(f"before {number}", number))
     memory, done = [server.memory()], threading.Event()
@@ -226,7 +233,7 @@ def sustained(server: Server, count: int) -> dict:
     done.set()
     watcher.join()
     memory.append(server.memory())
-    note = f"fp8, {count} new prompts queued at once, {1e3 * seconds / count:.1f} ms each; GPU busy {statistics.fmean(busy or [0]):.0f} %; "  # fmt: skip
+    note = f"{server.name}, {count} new prompts queued at once, {1e3 * seconds / count:.1f} ms each; GPU busy {statistics.fmean(busy or [0]):.0f} %; "  # fmt: skip
     note += "; ".join(f"{kind} {before:.2f} GB before, {after:.2f} after" for kind, before, after in zip(("anonymous memory", "GPU memory, of all servers"), *memory, strict=True))  # fmt: skip
     return said(f"sustained_{count}", count / seconds, "images/s", count, note=note)
 

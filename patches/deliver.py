@@ -1,6 +1,7 @@
 """Tensors between a GPU and the host's memory, at the speed of the link, which takes pinned memory.
 
 It is borrowed: the host keeps results for as long as it likes, and to pin memory anew for each takes longer than to copy.
+What they lie in then is ready before they are (`toolkit/spare.py`).
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import logging
 import torch
 from comfy.cli_args import args
 
+from ..toolkit.spare import Spare
+
 MOST = 256 << 20  # bytes of pinned memory that one tensor may take
 log = logging.getLogger("ark")
+_spare = Spare()
 
 
 def deliver(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -25,7 +29,10 @@ def deliver(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         return tensor.to(device)
     if (there := pinned(tensor)) is None:
         return tensor.to(device)
-    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(there.copy_(tensor))
+    shape = tuple(tensor.shape)
+    result = _spare.take(shape, tensor.dtype).copy_(there.copy_(tensor))
+    _spare.prepare(shape, tensor.dtype)
+    return result
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

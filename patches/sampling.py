@@ -14,7 +14,7 @@ import torch
 
 from ..toolkit.architecture import SPATIAL_FACTOR
 from ..toolkit.schedule import klein_sigmas
-from .deliver import upload
+from .deliver import deliver, upload
 from .references import REFERENCES
 from .sampling_inputs import check_conditioning, check_latent, check_mask, check_model, check_sigmas
 
@@ -61,6 +61,7 @@ def sample_klein(
         sigmas = klein_sigmas(steps, samples.shape[-2] * samples.shape[-1], denoise)
     else:
         check_sigmas(sigmas)
+    device = model.load_device
     guider = _guider(model, positive, negative, cfg)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     show = latent_preview.prepare_callback(model, len(sigmas) - 1)
@@ -71,8 +72,8 @@ def sample_klein(
 
     try:
         result = guider.sample(
-            noise,
-            samples,
+            upload(noise, device),
+            upload(samples, device),
             comfy.samplers.sampler_object("euler"),
             sigmas,
             denoise_mask=latent.get("noise_mask"),
@@ -83,7 +84,7 @@ def sample_klein(
     except torch.cuda.OutOfMemoryError as error:
         # of the same type, as the host then frees what it holds
         raise torch.cuda.OutOfMemoryError(_too_large(samples, positive)) from error
-    return {**latent, "samples": result.to(comfy.model_management.intermediate_device())}
+    return {**latent, "samples": deliver(result, comfy.model_management.intermediate_device())}
 
 
 def _guider(model: Any, positive: list, negative: list | None, cfg: float) -> Any:

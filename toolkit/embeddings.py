@@ -6,6 +6,7 @@ A file is written whole, in the background, and holds a checksum: what is damage
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -18,9 +19,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from .cache import cache_folder
+from .header import DTYPES
 from .whole_file import write_whole
 
 FOLDER = "embeddings"
@@ -31,6 +33,7 @@ WAITING = 8  # prompts at most that are still to be written
 LATER = 0.1  # s; by then the sampler waits for the card, and whoever needs the interpreter disturbs nobody
 FORGOTTEN = 3600.0  # s after which a draft belongs to nobody
 CHECKSUM = "crc32"
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Tensors = dict[str, torch.Tensor]
 log = logging.getLogger("ark")
 
@@ -119,11 +122,12 @@ class Embeddings:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             if not all(tensor.isfinite().all() for tensor in tensors.values()):
                 return  # something failed: the next start shall not inherit it
-            data = save({**tensors, CHECKSUM: torch.tensor(checksum(tensors))})
-            make_room(self.root, self.on_disk - len(data))
-            if len(data) <= self.on_disk:
+            pieces = in_pieces({**tensors, CHECKSUM: torch.tensor(checksum(tensors))})
+            nbytes = sum(map(len, pieces))
+            make_room(self.root, self.on_disk - nbytes)
+            if nbytes <= self.on_disk:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_whole(self._path(key), data)
+                write_whole(self._path(key), *pieces)
         except OSError as error:
             if not self._complained:
                 self._complained = True
@@ -152,12 +156,35 @@ def make_room(root: Path, limit: int) -> None:
             total -= size
 
 
+def in_pieces(tensors: Tensors) -> list[bytes | memoryview]:
+    """What a safetensors file of them holds, without a copy: the library holds the interpreter while it makes some.
+
+    Args:
+        tensors: on the CPU.
+
+    Source: the format's description in the README of huggingface/safetensors.
+    """
+    header, start, data = {}, 0, []
+    # as the library does: those of the largest numbers first, so that each begins at a multiple of its own
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):
+        data.append(_bytes(tensor))
+        span = [start, start := start + tensor.nbytes]
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}  # fmt: skip
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little"), text, *data]
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
 def checksum(tensors: Tensors) -> int:
     """CRC-32 of names, shapes and bytes; CPU tensors."""
     found = 0
     for name, tensor in sorted(tensors.items()):
         found = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), found)
-        found = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data, found)
+        found = zlib.crc32(_bytes(tensor), found)
     return found
 
 

@@ -8,12 +8,12 @@ import secrets
 from pathlib import Path
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, *pieces: bytes | memoryview) -> None:
     """Write a file under a passing name in the same folder, `.NAME.*.part`, then give it its own in one step.
 
     Args:
         path: a file that was there is replaced.
-        data: all of it.
+        pieces: all of it, one after the other.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written; nothing is left then.
@@ -21,7 +21,7 @@ def write_whole(path: Path, data: bytes) -> None:
     draft = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.part")  # a long name has room
     try:
         with draft.open("xb") as file:
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)

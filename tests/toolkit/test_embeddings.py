@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from ark.toolkit import embeddings
 from ark.toolkit.embeddings import Embeddings
@@ -129,7 +130,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(folder, caplog):
 
 
 def test_a_full_disk_leaves_nothing_behind(folder, caplog, monkeypatch):
-    def full(path, data):
+    def full(path, *pieces):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(embeddings, "write_whole", full)
@@ -139,6 +140,20 @@ def test_a_full_disk_leaves_nothing_behind(folder, caplog, monkeypatch):
         kept.settle()
     assert "No space left" in caplog.text and files(folder) == []
     assert same(kept.recent("a"), result())
+
+
+def test_the_pieces_are_a_file_as_the_library_writes_it():
+    tensors = {
+        "b": torch.tensor([True, False, True]),
+        "a": torch.randn(3, 5).T,
+        "c": torch.arange(3),
+    }
+    tensors |= {"empty": torch.empty(0, 4), "half": torch.randn(7).bfloat16()}
+    data = b"".join(embeddings.in_pieces(tensors))
+    assert data == save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    assert same(load(data), tensors)
+    embeddings.in_pieces(tensors)[-1][:1] = b"\0"
+    assert not tensors["b"][0]  # a view, not a copy
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,19 @@
-"""A step recorded as a CUDA graph: the card runs it as one, and the processor is no longer asked for each kernel."""
+"""A step recorded as a CUDA graph: the card runs it as one, and the processor is no longer asked for each kernel.
+
+ComfyUI's default allocator, cudaMallocAsync, makes what is allocated during a recording a part of the graph, there only
+while that runs. So nothing of it may outlive the recording, not even a failed one: torch would end the process when it
+frees it. The result is copied to a place of its own, what libraries keep for a stream is allocated by a run on that stream
+before, and Triton gets addresses (`launch.py`).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
+import sys
+import threading
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -11,6 +22,7 @@ import torch
 
 SHAPES = 4  # recorded at most; each holds the memory of one step
 log = logging.getLogger("ark")
+_one_at_a_time = threading.Lock()  # cudaMallocAsync wants it so in a process
 Function = Callable[..., torch.Tensor]
 
 
@@ -25,11 +37,10 @@ class Graphs:
 
     def __init__(self) -> None:
         self.why_not: str | None = None
-        if torch.cuda.is_available() and torch.cuda.get_allocator_backend() == "cudaMallocAsync":
-            self.why_not = "cudaMallocAsync does not allow it, --disable-cuda-malloc does"
         self._seen: set[Hashable] = set()
         self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
         self._pool: Any = None  # one memory for all: they never run at the same time
+        self._stream: Any = None
 
     def run(self, key: Hashable, function: Function, *inputs: torch.Tensor) -> torch.Tensor:
         """Call a function, or replay what it did.
@@ -49,8 +60,12 @@ class Graphs:
             self._seen.add(key)
             return function(*inputs)
         try:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            recorded = _Recorded(function, inputs, self._pool)
+            if torch.cuda.get_allocator_backend() == "native":  # the other one shares by itself
+                self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._stream = self._stream or torch.cuda.Stream(inputs[0].device)
+            with _one_at_a_time:
+                recorded = _Recorded(function, inputs, self._pool, self._stream)
+            result = recorded.replay(inputs)
         except RuntimeError as error:  # out of memory, or something that cannot be recorded
             self.clear()
             self.why_not = str(error).splitlines()[0]
@@ -60,7 +75,7 @@ class Graphs:
         self._recorded[key] = recorded
         while len(self._recorded) > SHAPES:
             self._recorded.popitem(last=False)
-        return recorded.replay(inputs)
+        return result
 
     @property
     def recorded(self) -> int:
@@ -70,21 +85,44 @@ class Graphs:
     def clear(self) -> None:
         """Give up what was recorded, and its memory."""
         self._seen.clear()
-        self._recorded.clear()
         self._pool = None
+        if self._recorded:
+            self._recorded.clear()
+            trim()
 
 
 class _Recorded:
     """One recording and the buffers that it reads and writes."""
 
-    def __init__(self, function: Function, inputs: tuple[torch.Tensor, ...], pool: Any):
+    def __init__(self, function: Function, inputs: tuple[torch.Tensor, ...], pool: Any, stream: Any):  # fmt: skip
         self.inputs = tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs)
+        current = torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            example = function(*self.inputs)
+        current.wait_stream(stream)
+        self.output = torch.empty_like(example)
+        del example
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.output = function(*self.inputs)
+        with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
+            try:
+                self.output.copy_(function(*self.inputs))
+            except BaseException as error:
+                traceback.clear_frames(error.__traceback__)  # with all that they hold
+                raise
 
     def replay(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         for mine, given in zip(self.inputs, inputs, strict=True):
             mine.copy_(given)
         self.graph.replay()
         return self.output.clone()
+
+
+def trim() -> None:
+    """Give the memory of recordings that are gone back to the device, which under cudaMallocAsync torch does not do."""
+    if torch.cuda.get_allocator_backend() != "cudaMallocAsync":
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        for number in range(torch.cuda.device_count()):
+            driver.cuDeviceGraphMemTrim(number)

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .reference_pixels import EPS, GROUPS
 
 PARTS = 512  # of all pictures together: what a large card runs at the same time
@@ -192,7 +193,7 @@ def _moments_of(
     batch, height, width, channels = x.shape
     parts, per_part, step, columns = _sizes(batch, height * width, channels)
     out = x.new_empty(batch, parts, 3, channels, dtype=torch.float32)
-    _moments[(parts, batch)](
+    launch(_moments, (parts, batch))(
         x, x if y is None else y, out if shift is None else shift, out, height * width, channels, per_part,
         ADD=y is not None, STEP=step, CHANNELS=columns, num_warps=8,
     )  # fmt: skip
@@ -207,7 +208,7 @@ def interleave(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     parts, per_part, step, columns = _sizes(batch, 4 * height * width, channels)
     to = x.new_empty(batch, 2 * height, 2 * width, channels)
     out = x.new_empty(batch, parts, 3, channels, dtype=torch.float32)
-    _interleave[(parts, batch)](
+    launch(_interleave, (parts, batch))(
         x, to, out, height, width, channels, per_part, STEP=step, CHANNELS=columns, num_warps=8
     )
     return to, out
@@ -223,7 +224,7 @@ def factors(
     batch, parts, _, channels = moments.shape
     in_group = channels // GROUPS
     out = moments.new_empty(batch, 2, channels)
-    _factors[(GROUPS, batch)](
+    launch(_factors, (GROUPS, batch))(
         moments.contiguous(), weight, bias, weight if shift is None else shift, out, parts, channels, EPS,
         SHIFT=shift is not None, IN_GROUP=in_group, PARTS=PARTS_AT_A_TIME, COLUMNS=triton.next_power_of_2(in_group), num_warps=4,
     )  # fmt: skip
@@ -239,7 +240,7 @@ def normed(
     out = x if in_place else torch.empty_like(x)
     columns = triton.next_power_of_2(channels)
     step = max(1, NUMBERS // columns)
-    _normed[(triton.cdiv(height * width, step * TURNS), batch)](
+    launch(_normed, (triton.cdiv(height * width, step * TURNS), batch))(
         x, factors, out, height * width, channels,
         SILU=silu, TURNS=TURNS, STEP=step, CHANNELS=columns, num_warps=8,
     )  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .matrix import FP8, SMALLEST, Activations, Quantised
 from .reference import EPS
 from .rows import Rows
@@ -75,7 +76,7 @@ def modulate(
     out, width = torch.empty_like(x, dtype=FP8 if fp8 else None), x.shape[1]
     out_scale = x.new_empty(rows.count if fp8 else 1, 1, dtype=torch.float32)
     gate = shift if gate is None else gate
-    _modulate[(rows.count,)](
+    launch(_modulate, (rows.count,))(
         x, x if y is None else y, out, out_scale, shift, scale, gate,
         *shift.stride()[:2], *gate.stride()[:2],
         rows.txt, rows.txt_len, rows.img_len, width, EPS, SMALLEST,

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .matrix import FP8, SMALLEST, Scaled
 from .modulate import line_of
 from .rows import Rows
@@ -86,7 +87,7 @@ def norm_rotate(
     scales = qkv.new_empty(2, 2, dtype=torch.float32)
     copy = rows.batch > 1
     v = qkv.new_empty(shape) if copy else qkv[None, :, 2 * num_heads * head_dim :].unflatten(2, shape[2:])  # fmt: skip
-    _norm_rotate[(rows.count, triton.cdiv(num_heads, HEADS))](
+    launch(_norm_rotate, (rows.count, triton.cdiv(num_heads, HEADS)))(
         qkv, q, k, v, scales, q_norm, k_norm, cos, sin,
         qkv.stride(0), q_norm.stride(0), k_norm.stride(0), rows.txt, rows.txt_len, rows.img_len, num_heads, eps, SMALLEST,
         TO_FP8=fp8, COPY_V=copy, HEADS=HEADS, HALF=head_dim // 2, num_warps=4,

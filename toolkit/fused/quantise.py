@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .matrix import FP8, SMALLEST, Quantised
 from .modulate import store_fp8
 
@@ -25,5 +26,7 @@ def quantise(x: torch.Tensor) -> Quantised:
     count, width = x.shape
     out, scale = x.new_empty(count, width, dtype=FP8), x.new_empty(count, 1, dtype=torch.float32)
     block = triton.next_power_of_2(width)
-    _quantise[(count,)](x, out, scale, x.stride(0), width, SMALLEST, BLOCK=block, num_warps=8)
+    launch(_quantise, (count,))(
+        x, out, scale, x.stride(0), width, SMALLEST, BLOCK=block, num_warps=8
+    )
     return Quantised(out, scale)

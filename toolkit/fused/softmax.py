@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 WHOLE = 16384  # columns that a program keeps while it needs them
 BLOCK = 4096  # of longer rows, which it reads three times
 LOG2E = 1.4426950408889634
@@ -47,7 +49,7 @@ def softmax(scores: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Ten
         raise ValueError(f"rows of scores must be contiguous, not {scores.stride()}")
     rows, columns = scores.shape
     out = torch.empty(rows, columns, dtype=dtype, device=scores.device)
-    _softmax[(rows,)](
+    launch(_softmax, (rows,))(
         scores, out, columns, scores.stride(0), scale * LOG2E,
         WHOLE=columns <= WHOLE, BLOCK=triton.next_power_of_2(columns) if columns <= WHOLE else BLOCK,
         num_warps=16 if BLOCK < columns <= WHOLE else 8,

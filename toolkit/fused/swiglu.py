@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .matrix import FP8, SMALLEST, Activations, Quantised, Scaled
 from .modulate import line_of
 from .rows import Rows
@@ -107,13 +108,13 @@ def swiglu(
     sizes = gate_up.stride(0), *steps, attention_width, width, rows.txt, rows.txt_len, rows.img_len
     if not fp8:
         grid = (rows.count, triton.cdiv(out.shape[1], BLOCK))
-        _swiglu[grid](gate_up, attention, out, *sizes, BLOCK=BLOCK, num_warps=4)
+        launch(_swiglu, grid)(gate_up, attention, out, *sizes, BLOCK=BLOCK, num_warps=4)
         return out
     scale = gate_up.new_empty(rows.count, 1, dtype=torch.float32)
     most = 1 << (width.bit_length() - 1)  # the largest power of two in it
     rest = triton.next_power_of_2(width - most) if width > most else 0
     before = triton.next_power_of_2(attention_width) if attention_width else 0
-    _swiglu_fp8[(rows.count,)](
+    launch(_swiglu_fp8, (rows.count,))(
         gate_up, attention, scaled.scale if scaled else scale, out, scale, *sizes, SMALLEST,
         SCALED=scaled is not None, BEFORE=before, MOST=most, REST=rest, num_warps=8
     )  # fmt: skip

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 HEADS = 8  # that one program handles
 
 
@@ -59,7 +61,7 @@ def add_norm(
     """As `reference.add_norm`; everything contiguous."""
     count, width = x.shape
     out = x.new_empty(count, width, dtype=dtype)
-    _add_norm[(count,)](
+    launch(_add_norm, (count,))(
         x, x if y is None else y, out, weight, width, eps,
         ADD=y is not None, BLOCK=triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
@@ -78,7 +80,7 @@ def norm_turn(
     count, head_dim = len(x), weight.shape[0]
     num_heads = x.shape[1] // head_dim
     out = x.new_empty(count, num_heads * repeat, head_dim)
-    _norm_turn[(count, triton.cdiv(num_heads, HEADS))](
+    launch(_norm_turn, (count, triton.cdiv(num_heads, HEADS)))(
         x, out, weight, cos, sin, len(cos), num_heads, eps,
         HEADS=HEADS, HALF=head_dim // 2, REPEAT=repeat, num_warps=4,
     )  # fmt: skip

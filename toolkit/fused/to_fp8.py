@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .matrix import FP8, SMALLEST, Scaled
 
 ROWS, HEADS = 16, 4  # tokens and heads that one program handles
@@ -72,9 +73,9 @@ def to_fp8(x: torch.Tensor) -> Scaled:
     out = x.new_empty(batch, length, num_heads, head_dim, dtype=FP8)
     sizes = count, length, num_heads, *x.stride()[:3]
     tile = {"ROWS": ROWS, "HEADS": HEADS, "D": head_dim, "num_warps": 8}
-    _largest[grid](x, partial, *sizes, **tile)
+    launch(_largest, grid)(x, partial, *sizes, **tile)
     most = triton.next_power_of_2(parts)
-    _convert[grid](x, out, partial, scale, parts, *sizes, SMALLEST, PARTS=most, **tile)
+    launch(_convert, grid)(x, out, partial, scale, parts, *sizes, SMALLEST, PARTS=most, **tile)
     return Scaled(out.transpose(1, 2), scale)
 
 
@@ -88,5 +89,5 @@ def _widen(x, out, scale, count, BLOCK: tl.constexpr):
 def widen(x: Scaled, dtype: torch.dtype) -> torch.Tensor:
     """As `reference.widen`; x is dense in whatever order, and so is the result."""
     count, out = x.data.numel(), torch.empty_like(x.data, dtype=dtype)
-    _widen[(triton.cdiv(count, BLOCK),)](x.data, out, x.scale, count, BLOCK=BLOCK)
+    launch(_widen, (triton.cdiv(count, BLOCK),))(x.data, out, x.scale, count, BLOCK=BLOCK)
     return out

@@ -37,7 +37,7 @@ def probe(names: tuple[str, ...], seconds: float = SECONDS) -> dict[str, Probed]
     """Try packages in a process of its own, which is started again after one that kills it.
 
     Args:
-        names: "torch", or of `packages.PACKAGES`.
+        names: "torch", "cuda_graph" (recordings under the allocator that the environment asks for), or of `packages.PACKAGES`.
         seconds: until a process counts as hung.
 
     Returns:
@@ -74,6 +74,10 @@ def _run(names: list[str], seconds: float, found: dict[str, Probed]) -> str:
 
 def _try(name: str) -> dict[str, Any]:
     """Import one package and run what Ark calls of it; raises whatever it raises."""
+    if name == "cuda_graph":
+        from .fused.graph_attempt import attempt
+
+        return {"backend": attempt()}
     module = importlib.import_module(name)
     version = str(getattr(module, "__version__", None) or package_version(name))
     if name == "torch":

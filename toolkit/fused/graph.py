@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from .allocator import ASYNC, refusal
+
 SHAPES = 4  # recorded at most; each holds the memory of one step
 log = logging.getLogger("ark")
 _one_at_a_time = threading.Lock()  # cudaMallocAsync wants it so in a process
@@ -31,16 +33,30 @@ class Graphs:
 
     The first run loads the kernels, and lets libraries choose theirs.
 
-    Attributes:
-        why_not: the reason why nothing is recorded any more, None if it is.
+    Args:
+        trying: record whatever the allocator is, to find out.
     """
 
-    def __init__(self) -> None:
-        self.why_not: str | None = None
+    def __init__(self, trying: bool = False) -> None:
+        self._failed: str | None = None
+        self._trying = trying
         self._seen: set[Hashable] = set()
         self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
         self._pool: Any = None  # one memory for all: they never run at the same time
         self._stream: Any = None
+        self._refusal()  # what is to be found out is so the sooner
+
+    @property
+    def why_not(self) -> str | None:
+        """The reason why nothing is recorded, None if it is."""
+        return self._failed or self._refusal()
+
+    @why_not.setter
+    def why_not(self, reason: str) -> None:
+        self._failed = reason
+
+    def _refusal(self) -> str | None:
+        return None if self._trying or not torch.cuda.is_initialized() else refusal()
 
     def run(self, key: Hashable, function: Function, *inputs: torch.Tensor) -> torch.Tensor:
         """Call a function, or replay what it did.
@@ -50,7 +66,7 @@ class Graphs:
             function: launches kernels only; makes no decision by a number.
             inputs: on a CUDA device.
         """
-        if self.why_not or inputs[0].device.type != "cuda":
+        if inputs[0].device.type != "cuda" or self.why_not:
             return function(*inputs)
         key = (key, *((tuple(x.shape), x.dtype, x.device) for x in inputs))
         if key in self._recorded:
@@ -60,7 +76,7 @@ class Graphs:
             self._seen.add(key)
             return function(*inputs)
         try:
-            if torch.cuda.get_allocator_backend() == "native":  # the other one shares by itself
+            if torch.cuda.get_allocator_backend() != ASYNC:  # which shares by itself
                 self._pool = self._pool or torch.cuda.graph_pool_handle()
             self._stream = self._stream or torch.cuda.Stream(inputs[0].device)
             with _one_at_a_time:
@@ -120,7 +136,7 @@ class _Recorded:
 
 def trim() -> None:
     """Give the memory of recordings that are gone back to the device, which under cudaMallocAsync torch does not do."""
-    if torch.cuda.get_allocator_backend() != "cudaMallocAsync":
+    if torch.cuda.get_allocator_backend() != ASYNC:
         return
     with contextlib.suppress(OSError, AttributeError):
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import logging
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from ..probe import probe
 
 ASYNC = "cudaMallocAsync"
 BOOK, ATTEMPT = "recordings", "cuda_graph"
+LATER = 5.0  # s; whoever asked is about to make a first picture
 SECONDS = 120.0  # a cold disk, and kernels to compile
 NEEDED = 3 << 30  # bytes that must be free on the device for another process
 WAIT = "it is being tried whether cudaMallocAsync allows it"
@@ -46,6 +48,7 @@ def refusal() -> str | None:
 
 
 def _find_out(name: tuple[str, str]) -> None:
+    time.sleep(LATER)
     try:
         if torch.cuda.mem_get_info()[0] < NEEDED:
             _answers[name] = "there is too little memory to try whether cudaMallocAsync allows it"

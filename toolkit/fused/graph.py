@@ -82,9 +82,9 @@ class Graphs:
             with _one_at_a_time:
                 recorded = _Recorded(function, inputs, self._pool, self._stream)
             result = recorded.replay(inputs)
-        except RuntimeError as error:  # out of memory, or something that cannot be recorded
+        except Exception as error:  # out of memory, or something that cannot be recorded
             self.clear()
-            self.why_not = str(error).splitlines()[0]
+            self.why_not = (str(error).splitlines() or [type(error).__name__])[0]
             log.warning("Ark: nothing is recorded as a CUDA graph (%s).", self.why_not)
             torch.cuda.empty_cache()
             return function(*inputs)
@@ -124,7 +124,7 @@ class _Recorded:
             try:
                 self.output.copy_(function(*self.inputs))
             except BaseException as error:
-                traceback.clear_frames(error.__traceback__)  # with all that they hold
+                _forget(error)
                 raise
 
     def replay(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -132,6 +132,13 @@ class _Recorded:
             mine.copy_(given)
         self.graph.replay()
         return self.output.clone()
+
+
+def _forget(error: BaseException | None) -> None:
+    """Free what the frames hold that an error went through, and those before it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def trim() -> None:

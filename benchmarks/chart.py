@@ -57,6 +57,13 @@ GROUPS = (
     Shown("Transformer, page cache to GPU", "load", "transformer_warm", ("safetensors", "runai")),
     Shown("A new prompt to conditioning", "text_encoder", "a new prompt", ("ComfyUI",)),
     Shown("Decode, 1024x1024", "vae", "decode 1024x1024", ("ComfyUI",)),
+    Shown(
+        "Queue to picture, a new prompt",
+        "end_to_end",
+        "new_prompt_bf16",
+        ("comfyui_static", "comfyui_dynamic"),
+        "new_prompt_fp8",
+    ),  # fmt: skip
     Shown("Four steps, 1024x1024", "sampling", "t2i_1024_bf16", ("comfyui",), "t2i_1024_fp8"),
     Shown("Four steps, one reference image", "sampling", "edit1_bf16", ("comfyui",), "edit1_fp8"),
     Shown("Attention of one block, 1024x1024", "attention", "4608", ("comfyui_default", "sage")),

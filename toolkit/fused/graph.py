@@ -29,18 +29,21 @@ Function = Callable[..., torch.Tensor]
 
 
 class Graphs:
-    """Runs functions of tensors, recorded at the second time that the same key comes; a bounded number is kept.
+    """Runs functions of tensors, recorded once the same key has come a few times; a bounded number is kept.
 
-    The first run loads the kernels, and lets libraries choose theirs.
+    The first runs load the kernels, and let libraries choose theirs.
 
     Args:
+        after: how many runs of a key are not recorded; recording takes as long as a run, and whoever waits for a first picture
+            does not wait for that.
         trying: record whatever the allocator is, to find out.
     """
 
-    def __init__(self, trying: bool = False) -> None:
+    def __init__(self, after: int = 1, trying: bool = False) -> None:
         self._failed: str | None = None
-        self._trying = trying
-        self._seen: set[Hashable] = set()
+        self._after, self._trying = after, trying
+        self._runs: dict[Hashable, int] = {}
+        self._forms: dict[Hashable, torch.Tensor] = {}  # results without their numbers
         self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
         self._pool: Any = None  # one memory for all: they never run at the same time
         self._stream: Any = None
@@ -72,22 +75,47 @@ class Graphs:
         if key in self._recorded:
             self._recorded.move_to_end(key)
             return self._recorded[key].replay(inputs)
-        if key not in self._seen:
-            self._seen.add(key)
-            return function(*inputs)
         try:
-            if torch.cuda.get_allocator_backend() != ASYNC:  # which shares by itself
-                self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self._stream = self._stream or torch.cuda.Stream(inputs[0].device)
-            with _one_at_a_time:
-                recorded = _Recorded(function, inputs, self._pool, self._stream)
-            result = recorded.replay(inputs)
+            if key in self._forms:
+                return self._record(key, function, inputs)
         except Exception as error:  # out of memory, or something that cannot be recorded
             self.clear()
             self.why_not = (str(error).splitlines() or [type(error).__name__])[0]
             log.warning("Ark: nothing is recorded as a CUDA graph (%s).", self.why_not)
             torch.cuda.empty_cache()
             return function(*inputs)
+        self._runs[key] = runs = self._runs.get(key, 0) + 1
+        if runs < self._after:
+            return function(*inputs)
+        result = self._aside(function, inputs)
+        self._forms[key] = torch.empty_like(result, device="meta")
+        return result
+
+    def _aside(self, function: Function, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Run it where it will be recorded, if that matters to the allocator."""
+        if torch.cuda.get_allocator_backend() != ASYNC:
+            return function(*inputs)
+        current = torch.cuda.current_stream()
+        stream = self._stream_on(inputs[0].device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            there = function(*inputs)
+        current.wait_stream(stream)
+        result = there.clone()
+        stream.wait_stream(current)  # before it is freed there
+        return result
+
+    def _stream_on(self, device: torch.device) -> Any:
+        self._stream = self._stream or torch.cuda.Stream(device)
+        return self._stream
+
+    def _record(self, key: Hashable, function: Function, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:  # fmt: skip
+        if torch.cuda.get_allocator_backend() != ASYNC:  # which shares by itself
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+        stream = self._stream_on(inputs[0].device)
+        with _one_at_a_time:
+            recorded = _Recorded(function, inputs, self._forms[key], self._pool, stream)
+        result = recorded.replay(inputs)
         self._recorded[key] = recorded
         while len(self._recorded) > SHAPES:
             self._recorded.popitem(last=False)
@@ -100,7 +128,8 @@ class Graphs:
 
     def clear(self) -> None:
         """Give up what was recorded, and its memory."""
-        self._seen.clear()
+        self._runs.clear()
+        self._forms.clear()
         self._pool = None
         if self._recorded:
             self._recorded.clear()
@@ -110,15 +139,9 @@ class Graphs:
 class _Recorded:
     """One recording and the buffers that it reads and writes."""
 
-    def __init__(self, function: Function, inputs: tuple[torch.Tensor, ...], pool: Any, stream: Any):  # fmt: skip
+    def __init__(self, function: Function, inputs: tuple[torch.Tensor, ...], form: torch.Tensor, pool: Any, stream: Any):  # fmt: skip
         self.inputs = tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs)
-        current = torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            example = function(*self.inputs)
-        current.wait_stream(stream)
-        self.output = torch.empty_like(example)
-        del example
+        self.output = torch.empty_like(form, device=inputs[0].device)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
             try:

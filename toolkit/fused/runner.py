@@ -27,6 +27,7 @@ STORED = (
     torch.float32,
 )  # what weights lie in; cast where a host would
 COMPUTED = (torch.bfloat16, torch.float32)
+FIRST_PICTURE = 4  # steps, before one is recorded
 
 
 class Unknown(Exception):
@@ -61,7 +62,7 @@ class Runner:
         self.device, self.precision = device, precision
         self.reasons: set[str] = set()
         self.operations, self.how = operations_for(device)
-        self.graphs = Graphs()
+        self.graphs = Graphs(after=FIRST_PICTURE)
         self._made: dict[int, tuple[tuple[weakref.ref, ...], Any]] = {}  # by the first tensor's id
 
     def __str__(self) -> str:

@@ -15,6 +15,7 @@ from .doctor import ArkDoctor
 from .encode import ArkTextEncode
 from .live import serve
 from .load import ArkFastLoader
+from .next_prompt import watch
 from .prepare import prepare_in_background
 from .prewarm import ArkPrewarm
 from .references import ArkReferenceImages
@@ -42,6 +43,7 @@ class ArkExtension(ComfyExtension):
             )
         prepare_in_background()
         serve()
+        watch()
         return [
             ArkFastLoader,
             ArkTextEncode,

@@ -17,7 +17,7 @@ from ..toolkit.architecture import check_match
 from ..toolkit.embedded import preferred
 from ..toolkit.errors import ModelFileError
 from ..toolkit.igniter import file_fingerprint, model_parts
-from . import live
+from . import live, next_prompt
 from .loaded import Loaded
 from .schema import schema
 
@@ -112,6 +112,7 @@ class ArkFastLoader(io.ComfyNode):
         size, seconds = sum(part.stat().st_size for part in files), time.perf_counter() - start
         report = f"Opened {diffusion_model}, {text_encoder} and {vae}: {size / 1e9:.2f} GB in {seconds:.3f} s."
         log.info("Ark loader: %s", report)
+        next_prompt.remember({"diffusion_model": diffusion_model, "text_encoder": text_encoder, "vae": vae}, clip)  # fmt: skip
         where = live.place(cls)
         live.add_to_run(where, load_ms=1e3 * seconds)
         parts = {"diffusion_model": model, "text_encoder": clip.patcher, "vae": decoder.patcher}

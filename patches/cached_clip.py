@@ -78,6 +78,7 @@ class CachedCLIP(comfy.sd.CLIP):
         if key is None or embeddings is None:
             self.source = "encoder"
             return super().encode_from_tokens(tokens, return_pooled, return_dict)
+        embeddings.wait_for(key)
         if (found := self._find(embeddings, key)) is None:
             self.source = "encoder"
             found = super().encode_from_tokens(tokens, return_pooled, True)
@@ -88,6 +89,27 @@ class CachedCLIP(comfy.sd.CLIP):
         if return_dict:
             return found
         return (found["cond"], found["pooled_output"]) if return_pooled else found["cond"]
+
+    def encode_ahead(self, text: str) -> bool:
+        """Encode a prompt that is going to be asked for, from another thread; returns whether it is known then.
+
+        That is so only while the weights lie on the device as this CLIP wants them: nothing is loaded for it.
+        """
+        model, tokens = self.cond_stage_model, self.tokenize(text)
+        key, embeddings = self._key(tokens, True), self.embeddings
+        if key is None or embeddings is None or self.patcher.patches or model.engine is None:
+            return False
+        if embeddings.known(key):
+            return True
+        with embeddings.coming(key), model.engine.lock, torch.inference_mode():
+            # another CLIP's LoRA may lie on the same model
+            if model.current_weight_patches_uuid != self.patcher.patches_uuid:
+                return False
+            if (found := model.encode_at_once(tokens)) is None:
+                return False
+            conditioning, _, others = found
+            embeddings.keep(key, {"cond": conditioning, **others})
+        return True
 
     def _find(self, embeddings: Embeddings, key: str) -> Any:
         device = comfy.model_management.intermediate_device()

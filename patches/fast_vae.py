@@ -24,6 +24,7 @@ from .deliver import deliver, upload
 from .vae_engine import VaeEngine
 
 WAYS = ("decode", "encode")
+decoded: list[Callable[[], Any]] = []  # called after each decode, in the prompt's thread
 log = logging.getLogger("ark")
 
 
@@ -58,6 +59,12 @@ class FastVAE(comfy.sd.VAE):
 
     def decode(self, samples_in: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
         """As the host's: latents to IMAGEs [B, H, W, 3]."""
+        images = self._decode(samples_in, *args, **named)
+        for tell in decoded:
+            tell()
+        return images
+
+    def _decode(self, samples_in: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
         plain = samples_in.ndim == 4 and samples_in.shape[1] == LATENT_CHANNELS
         if plain and not any(args) and not any(named.values()):
             size = [SPATIAL_FACTOR * side for side in samples_in.shape[2:]]

@@ -205,14 +205,14 @@ def _text_encoder_class(taps: tuple[int, ...] = TEXT_TAPS) -> type:
         engine = None  # set on the object
 
         def forward(self, tokens):
-            if (found := self.taps_of(tokens)) is None:
+            layers = self.engine and self.engine.layers(self.transformer.model)
+            if (found := self.taps_of(tokens, layers)) is None:
                 return super().forward(tokens)
             states, present = found
             return states.transpose(1, 2), None, {"attention_mask": present}
 
-        def taps_of(self, tokens):
-            """[B, seq_len, taps, C] fp32 and the mask [B, seq_len] by the engine; None if the host has to run."""
-            layers = self.engine and self.engine.layers(self.transformer.model)
+        def taps_of(self, tokens, layers):
+            """[B, seq_len, taps, C] fp32 and the mask [B, seq_len] by the engine; None if it has no layers."""
             if not layers:
                 return None
             embeds, present = embed_tokens(self, tokens, layers[0].q.device)
@@ -243,14 +243,31 @@ def _text_encoder_class(taps: tuple[int, ...] = TEXT_TAPS) -> type:
                 clip_model=KleinQwen3,
             )
 
+        @property
+        def engine(self):
+            return getattr(self, ENCODER).engine
+
         def encode_token_weights(self, token_weight_pairs):
+            encoder = getattr(self, ENCODER)
+            layers = self.engine and self.engine.layers(encoder.transformer.model)
+            found = self.by_engine(token_weight_pairs, layers)
+            return super().encode_token_weights(token_weight_pairs) if found is None else found
+
+        def encode_at_once(self, token_weight_pairs):
+            """As `encode_token_weights`, for who holds the engine's lock; None where that is not ready."""
+            encoder = getattr(self, ENCODER)
+            return self.by_engine(
+                token_weight_pairs, self.engine.layers_now(encoder.transformer.model)
+            )
+
+        def by_engine(self, token_weight_pairs, layers):
             sections = token_weight_pairs[ENCODER]
             # a weight needs the host's arithmetic; Klein's tokenizer makes none
             if not sections or any(pair[1] != 1.0 for section in sections for pair in section):
-                return super().encode_token_weights(token_weight_pairs)
-            found = getattr(self, ENCODER).taps_of([[pair[0] for pair in section] for section in sections])  # fmt: skip
+                return None
+            found = getattr(self, ENCODER).taps_of([[pair[0] for pair in section] for section in sections], layers)  # fmt: skip
             if found is None:
-                return super().encode_token_weights(token_weight_pairs)
+                return None
             states, present = found
             # [B, seq_len, taps, C] to [1, B * seq_len, taps * C], all of it in place
             conditioning = states.flatten(2).flatten(0, 1).unsqueeze(0)

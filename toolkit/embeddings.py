@@ -14,6 +14,7 @@ import threading
 import time
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
 
@@ -31,6 +32,7 @@ IN_MEMORY = 256 << 20  # bytes, 16 prompts of Klein 4B
 ON_DISK = 1.0  # GB, 64 prompts, unless ARK_EMBEDDINGS_GB says otherwise
 WAITING = 8  # prompts at most that are still to be written
 LATER = 0.1  # s; by then the sampler waits for the card, and whoever needs the interpreter disturbs nobody
+PATIENCE = 30.0  # s for a result that another thread makes
 FORGOTTEN = 3600.0  # s after which a draft belongs to nobody
 CHECKSUM = "crc32"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -55,6 +57,7 @@ class Embeddings:
         self._lock = threading.Lock()
         self._writer: futures.ThreadPoolExecutor | None = None
         self._writing: list[futures.Future] = []
+        self._coming: dict[str, threading.Event] = {}
         self._complained = False
 
     def recent(self, key: str) -> Tensors | None:
@@ -77,6 +80,25 @@ class Embeddings:
             os.utime(path)  # what is used stays
         self._remember(key, tensors)
         return tensors
+
+    def known(self, key: str) -> bool:
+        """Whether a result is in memory or, as it seems, on disk."""
+        return self.recent(key) is not None or bool(self.on_disk and self._path(key).exists())
+
+    @contextlib.contextmanager
+    def coming(self, key: str) -> Iterator[None]:
+        """Whoever wants this result meanwhile waits for it, see `wait_for`."""
+        done = self._coming[key] = threading.Event()
+        try:
+            yield
+        finally:
+            self._coming.pop(key, None)
+            done.set()
+
+    def wait_for(self, key: str) -> None:
+        """Wait if a result is being made by another thread; it may fail to come."""
+        if (coming := self._coming.get(key)) is not None:
+            coming.wait(PATIENCE)
 
     def any_saved(self) -> bool:
         """Whether some prompt of this encoder is on disk."""

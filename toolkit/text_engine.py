@@ -8,6 +8,7 @@ people's hooks.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ class TextEngine:
         owner: whose forward runs instead, for the log.
 
     Attributes:
+        lock: held while it runs, and while what it was made of changes: another thread may use it, see `layers_now`.
         graphs: recordings, one for each padded length.
         reasons: why the host ran the layers instead.
     """
@@ -40,14 +42,15 @@ class TextEngine:
     observers: str | None = None  # the host's own module whose hooks change nothing
 
     def __init__(self, owner: str):
-        self.owner, self.graphs = owner, Graphs()
+        self.owner, self.graphs, self.lock = owner, Graphs(), threading.RLock()
         self.reasons: set[str] = set()
         self._layers: list[Layer] | None = None
 
     def weights_changed(self) -> None:
         """Give up what was made of the weights."""
-        self.graphs.clear()
-        self._layers = None
+        with self.lock:
+            self.graphs.clear()
+            self._layers = None
 
     def layers(self, model: Any) -> list[Layer] | None:
         """The weights of the host's module, by reference; None if the host has to run it, the log says why, once."""
@@ -61,6 +64,14 @@ class TextEngine:
         except Unknown as unknown:
             self.refuse(str(unknown))
             return None
+
+    def layers_now(self, model: Any) -> list[Layer] | None:
+        """The weights as the last run had them, for who holds the lock; None if they have changed, or never lay there."""
+        try:
+            self.check(model)
+        except Unknown:
+            return None
+        return self._layers
 
     def refuse(self, reason: str) -> None:
         """The host has to run them; the log says why, once."""
@@ -91,13 +102,14 @@ class TextEngine:
             return hidden_states(layers, embeds, present, taps, operations)
 
         key = (*taps, *(layer.down.data_ptr() for layer in layers))
-        try:
-            return self.graphs.run(key, work, embeds, present.bool())
-        except torch.cuda.OutOfMemoryError as error:  # the host hears of it if it comes again
-            log.warning("Ark text encoder: out of memory (%s). It runs again without its recordings.", str(error).splitlines()[0])  # fmt: skip
-        self.graphs.clear()
-        self.free_memory()
-        return work(embeds, present.bool())
+        with self.lock:
+            try:
+                return self.graphs.run(key, work, embeds, present.bool())
+            except torch.cuda.OutOfMemoryError as error:  # the host hears of it if it comes again
+                log.warning("Ark text encoder: out of memory (%s). It runs again without its recordings.", str(error).splitlines()[0])  # fmt: skip
+            self.graphs.clear()
+            self.free_memory()
+            return work(embeds, present.bool())
 
 
 def hooked(module: torch.nn.Module, observers: str | None = None) -> bool:

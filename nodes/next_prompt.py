@@ -1,0 +1,76 @@
+"""While a picture is saved, the text of the prompt that is next in the queue is encoded: the GPU idles then.
+
+Only what needs no loading and no other node: a text of its own, encoded by the CLIP that an ArkFastLoader has given.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from ..patches import fast_vae
+from ..patches.cached_clip import CachedCLIP
+from . import live
+
+LOADER, CLIP_OUTPUT = "ArkFastLoader", 1
+ENCODERS = "CLIPTextEncode", "ArkTextEncode"
+KEPT, TEXTS = 8, 4  # loaders that are known; texts of one prompt
+log = logging.getLogger("ark")
+_clips: OrderedDict[str, weakref.ref[CachedCLIP]] = OrderedDict()
+_worker = ThreadPoolExecutor(1, "ark-next")
+
+
+def watch() -> None:
+    """Look at the queue whenever a picture has been decoded."""
+    if look not in fast_vae.decoded:
+        fast_vae.decoded.append(look)
+
+
+def remember(chosen: dict[str, str], clip: CachedCLIP) -> None:
+    """Take down what a loader has given for its inputs."""
+    name = json.dumps(chosen, sort_keys=True)
+    _clips[name] = weakref.ref(clip)
+    _clips.move_to_end(name)
+    while len(_clips) > KEPT:
+        _clips.popitem(last=False)
+
+
+def look() -> list[Future[bool]]:
+    """Have the texts of the next prompt encoded, in another thread; each says whether its text is known then."""
+    queue = getattr(live.server(), "prompt_queue", None)
+    if queue is None:
+        return []
+    try:
+        with queue.mutex:
+            waiting = queue.queue[0] if queue.queue else None  # a heap
+        texts = list(_texts(waiting[2])) if waiting else []
+    except Exception as error:  # a host that keeps its queue otherwise; the picture is there
+        log.debug("Ark: the queue could not be read (%s).", error)
+        return []
+    return [_worker.submit(_encode, clip, text) for clip, text in texts]
+
+
+def _texts(prompt: dict[str, dict]) -> Iterator[tuple[CachedCLIP, str]]:
+    """What a prompt encodes with a CLIP that is there."""
+    found = [node["inputs"] for node in prompt.values() if node.get("class_type") in ENCODERS]
+    for inputs in found[:TEXTS]:
+        text, link = inputs.get("text"), inputs.get("clip")
+        source, output = link if isinstance(link, list) and len(link) == 2 else (None, None)
+        loader = prompt.get(str(source), {})
+        if not isinstance(text, str) or output != CLIP_OUTPUT or loader.get("class_type") != LOADER:
+            continue
+        name = json.dumps(loader["inputs"], sort_keys=True, default=str)
+        if (clip := _clips.get(name, lambda: None)()) is not None:
+            yield clip, text
+
+
+def _encode(clip: CachedCLIP, text: str) -> bool:
+    try:
+        return clip.encode_ahead(text)
+    except Exception as error:  # the prompt itself meets it again, and says so
+        log.debug("Ark: a prompt could not be encoded ahead (%s).", error)
+        return False

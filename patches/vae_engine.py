@@ -100,9 +100,11 @@ class VaeEngine:
 
     def copies(self, way: str) -> int:
         """Bytes of the copies of weights that are still to be made."""
+        if way in self._records:
+            return 0
         part = self.model.decoder if way == "decode" else self.model.encoder
         numbers = sum(weight.numel() for weight in part.parameters())
-        return 0 if way in self._records else int(1.3 * numbers * self._itemsize)
+        return int(1.3 * numbers * self._itemsize)
 
     def at_once(self, way: str, batch: int, height: int, width: int, free: int) -> int:
         """How many pictures of a batch fit into so many bytes, px; 0 if not even one does."""

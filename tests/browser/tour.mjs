@@ -1,27 +1,11 @@
 // Walks through everything that Ark adds to a ComfyUI's canvas, as a user would, in headless Chromium.
 // node tour.mjs PLAN.json : prints one line of JSON with what it saw. The plan has url, chromium, folder (for screenshots),
 // add ({node type: what to type into the search}), languages, and workflow (a file that has been run on this server).
-// playwright-core is found through PLAYWRIGHT_CORE (its folder) or NODE_PATH.
 import { readFileSync } from "node:fs";
-import { createRequire } from "node:module";
+import { openBrowser, openCanvas } from "./browser.mjs";
 
 const plan = JSON.parse(readFileSync(process.argv[2], "utf8"));
-const { chromium } = createRequire(import.meta.url)(process.env.PLAYWRIGHT_CORE || "playwright-core");
-const seen = { errors: [], failedRequests: [], outside: [] };
-const args = ["--no-sandbox", "--disable-gpu", "--no-proxy-server", "--disable-background-networking"];
-const browser = await chromium.launch({ executablePath: plan.chromium, args });
-const page = await browser.newPage({ viewport: { width: 2200, height: 1200 } });
-page.on("console", (message) => {
-  if (message.type() === "error") seen.errors.push(`${message.text()} (${message.location().url})`);
-});
-page.on("pageerror", (error) => seen.errors.push(`page error: ${error.stack || error.message}`));
-page.on("request", (request) => {
-  const own = [plan.url, "blob:", "data:"].some((start) => request.url().startsWith(start));
-  if (!own) seen.outside.push(request.url());
-});
-page.on("response", (response) => {
-  if (response.status() >= 400) seen.failedRequests.push(`${response.status()} ${response.url()}`);
-});
+const { browser, page, seen } = await openBrowser(plan.url, plan.chromium, { viewport: { width: 2200, height: 1200 } });
 
 const shot = (name, clip) => page.screenshot({ path: `${plan.folder}/${name}.png`, ...(clip ? { clip } : {}) });
 const setting = (name, value) =>
@@ -39,9 +23,7 @@ const phase = (name) => {
 };
 
 async function open() {
-  await page.goto(plan.url, { waitUntil: "domcontentloaded", timeout: 60000 });
-  const ready = () => window.app?.graph && window.LiteGraph?.registered_node_types?.ArkSampler4Step;
-  await page.waitForFunction(ready, null, { timeout: 60000 });
+  await openCanvas(page, plan.url);
   await page.waitForTimeout(1500); // the page's own first graph
 }
 

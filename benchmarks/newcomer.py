@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -46,7 +45,7 @@ def walk(clone: Path, environment: dict[str, str], screenshots: Path) -> tuple[f
         _, seen = timed(["node", script, url, chromium, screenshots, "ark_text_to_image"])
         return seconds, json.loads(seen.splitlines()[-1])
     finally:
-        server.send_signal(signal.SIGINT)
+        server.terminate()
         server.wait(30)
 
 

@@ -58,3 +58,19 @@ export async function shownImage(page, timeout = 20000) {
     return { width: canvas.width, height: canvas.height, colours: colours.size };
   })()`);
 }
+
+/** Pairs of nodes that cover each other, in the design that the canvas has now. */
+export const covered = (page) =>
+  page.evaluate(() => {
+    const { scale } = app.canvas.ds;
+    const title = LiteGraph.NODE_TITLE_HEIGHT;
+    const boxes = app.graph.nodes.map((node) => {
+      const element = LiteGraph.vueNodesMode && document.querySelector(`[data-node-id="${node.id}"]`);
+      const { x, y, width, height } = element
+        ? element.getBoundingClientRect()
+        : { x: scale * node.pos[0], y: scale * (node.pos[1] - title), width: scale * node.size[0], height: scale * (node.size[1] + title) };
+      return { type: node.type, left: x, top: y, right: x + width, bottom: y + height };
+    });
+    const cover = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+    return boxes.flatMap((a, place) => boxes.slice(place + 1).filter((b) => cover(a, b)).map((b) => `${a.type}, ${b.type}`));
+  });

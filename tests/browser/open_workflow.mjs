@@ -2,7 +2,7 @@
 // node open_workflow.mjs URL WORKFLOW.json CHROMIUM SCREENSHOT.png [OTHER.json ...] : prints one line of JSON with what it
 // saw. The others are opened first and run small: `others` has for each what `seen` has of the one that is run as it is.
 import { readFileSync } from "node:fs";
-import { openBrowser, openCanvas, shownImage } from "./browser.mjs";
+import { covered, openBrowser, openCanvas, shownImage } from "./browser.mjs";
 
 const [url, workflowFile, chromium, screenshot, ...otherFiles] = process.argv.slice(2);
 const read = (file) => JSON.parse(readFileSync(file, "utf8"));
@@ -68,6 +68,19 @@ try {
   });
   await page.waitForTimeout(1500);
   await page.screenshot({ path: screenshot });
+  seen.covered = {}; // with what the nodes show of their run
+  for (const newer of [false, true]) {
+    await page.evaluate((newer) => app.extensionManager.setting.set("Comfy.VueNodes.Enabled", newer), newer);
+    await page.waitForTimeout(1500);
+    for (const file of [workflowFile, ...otherFiles]) {
+      await open(read(file));
+      await page.evaluate(() => app.extensionManager.command.execute("Comfy.Canvas.FitView"));
+      await page.waitForTimeout(1000);
+      (seen.covered[file] ??= []).push(...(await covered(page)));
+      if (newer && file === workflowFile) await page.screenshot({ path: screenshot.replace(".png", "-2.png") });
+    }
+  }
+  await page.evaluate(() => app.extensionManager.setting.set("Comfy.VueNodes.Enabled", false));
 } finally {
   await browser.close();
 }

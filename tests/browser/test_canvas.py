@@ -70,5 +70,10 @@ def test_runs_and_its_nodes_show_what_they_did(canvas: dict, path: Path):
     assert "a step" in sampler and "4 steps" in sampler
 
 
+@pytest.mark.parametrize("path", [WORKFLOW, *OTHERS], ids=lambda path: path.stem)
+def test_no_node_covers_another_in_either_design(canvas: dict, path: Path):
+    assert canvas["covered"][str(path)] == []
+
+
 def test_no_error_of_ark_in_the_console(canvas: dict, errors_of_ark: Callable):
     assert errors_of_ark(canvas) == []

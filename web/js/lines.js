@@ -66,7 +66,7 @@ const KINDS = {
 /** How many lines a node has room for before it scrolls. */
 export const ROOM = {
   ArkFastLoader: 3,
-  ArkSageCombustion: 2,
+  ArkSageCombustion: 3,
   ArkSampler4Step: 3,
   ArkTextEncode: 1,
   ArkPrewarm: 1,

@@ -192,6 +192,22 @@ async function keyboard() {
   return [...reached];
 }
 
+/** Close and open the panel from the keyboard alone; whether it was there after each. */
+async function panelByKeys() {
+  await page.evaluate(() => document.activeElement?.blur());
+  const there = [];
+  for (let press = 0; press < 150 && !there.length; press++) {
+    await page.keyboard.press("Tab");
+    if (!(await page.evaluate(() => document.activeElement?.matches(".ark-tab-button")))) continue;
+    for (const key of ["Enter", "Space"]) {
+      await page.keyboard.press(key);
+      await page.waitForTimeout(500);
+      there.push(await page.locator(".ark-panel").isVisible());
+    }
+  }
+  return there;
+}
+
 const colours = () =>
   page.evaluate(() => {
     const of = (selector) => getComputedStyle(document.querySelector(selector));
@@ -259,6 +275,7 @@ try {
   }));
   phase("panel");
   seen.keyboard = await keyboard();
+  seen.panelByKeys = await panelByKeys();
   phase("keyboard");
   seen.dark = await colours();
   await setting("Comfy.ColorPalette", "light");
@@ -273,8 +290,6 @@ try {
   seen.languages = {};
   for (const language of plan.languages) seen.languages[language] = await inLanguage(language);
   phase("languages");
-  await setting("Comfy.Locale", "en");
-  await page.waitForTimeout(2000);
   await setting("Comfy.VueNodes.Enabled", true);
   await page.waitForTimeout(2000);
   await fit();

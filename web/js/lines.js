@@ -46,8 +46,8 @@ function combustion(state) {
 function sampler(state) {
   const size = `${state.width}x${state.height}`;
   const beside = state.references ? say("withReferences", { count: state.references }) : "";
-  const least = state.floor_ms ? say("floor", { time: time(state.floor_ms) }) : "";
-  const all = say("inAll", { steps: state.steps, size, batch: state.batch, time: time(state.ms), beside }) + least;
+  const floor = state.floor_ms ? say("floor", { time: time(state.floor_ms) }) : "";
+  const all = say("inAll", { time: time(state.ms), floor, steps: state.steps, batch: state.batch, size, beside });
   const first = state.step_ms === null ? all : say("aStep", { time: time(state.step_ms), rate: rate(state.tflops) });
   return [first, ...(state.step_ms === null ? [] : [all]), settings(state), ...instead(state)];
 }

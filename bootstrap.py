@@ -1,6 +1,7 @@
 """Makes Ark's environment and runs the demo, the tests and what looks at the machine, with nothing but Python's standard library.
 
     python bootstrap.py demo [--prompt TEXT] [--seed N] [--size WxH] [--out FILE] [--comfyui DIR]
+    python bootstrap.py canvas [--port N] [--comfyui DIR]
     python bootstrap.py test [pytest args]
     python bootstrap.py doctor [--json] [--quick] [--comfyui DIR] [--models DIR] [--python EXE]
     python bootstrap.py bench [--quick] [--out FILE] [--comfyui DIR] [--python EXE]
@@ -527,9 +528,9 @@ class Host:
         """Fill the base directory: folders, settings, the pack as its only custom node."""
         for folder in ("custom_nodes", "input", "output", "temp", "models", "user/default"):
             (self.base / folder).mkdir(parents=True, exist_ok=True)
-        (self.base / "user/default/comfy.settings.json").write_text(
-            '{"Comfy.TutorialCompleted": true}'
-        )
+        settings = self.base / "user/default/comfy.settings.json"
+        if not settings.exists():
+            settings.write_text('{"Comfy.TutorialCompleted": true}')
         paths = {
             kind: "\n".join(str(Path(folder).absolute()) for folder in folders)
             for kind, folders in model_folders.items()
@@ -1068,6 +1069,24 @@ def demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def canvas(args: argparse.Namespace) -> int:
+    """Open ComfyUI's canvas with Ark, until Ctrl-C; what is made and set there is kept."""
+    environment, comfyui = prepare_host(args, find_comfyui(args.comfyui))
+    base, kinds = environment.venv / "canvas", ("diffusion_models", "text_encoders", "vae", "loras")
+    folders = {kind: [comfyui / "models" / kind] for kind in kinds}
+    example = comfyui / "input" / "example.png"  # what the templates that edit start from
+    (base / "input").mkdir(parents=True, exist_ok=True)
+    if example.is_file():
+        shutil.copy(example, base / "input")
+    say(f"Starting ComfyUI ({comfyui})")
+    with Host.start(
+        comfyui, base, python=environment.python, port=args.port, model_folders=folders
+    ) as host:
+        print(f"canvas: {host.url}\nimages: {base / 'output'}\nCtrl-C ends it.", flush=True)
+        code = host.process.wait()
+    raise BootstrapError(f"ComfyUI ended, exit code {code}.", "The log says why.", host.log_tail())
+
+
 def prepare_host(args: argparse.Namespace, comfyui: Path | None) -> tuple[Environment, Path]:
     """Make the environment for a ComfyUI, the registry's if none is given."""
     environment = Environment(Path(args.venv))
@@ -1171,7 +1190,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         prog="bootstrap.py", description="Run Ark on this machine, with nothing but Python."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for function in (demo, test, env, doctor, bench):
+    for function in (demo, canvas, test, env, doctor, bench):
         command = commands.add_parser(
             function.__name__,
             help=function.__doc__.splitlines()[0],
@@ -1195,9 +1214,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     image.add_argument(
         "--out", default="ark-demo.png", help="the image file (default: ark-demo.png)"
     )
-    image.add_argument(
-        "--port", type=int, default=0, help="the server's port (default: any free one)"
-    )
+    for name in ("demo", "canvas"):
+        commands.choices[name].add_argument(
+            "--port", type=int, default=0, help="the server's port (default: any free one)"
+        )
     for name in ("--diffusion-model", "--text-encoder", "--vae"):
         image.add_argument(
             name, metavar="FILE", help="a real Klein file instead of the embedded model's"

@@ -56,5 +56,5 @@ def prewarm(
     for size in sizes:
         across, down = (length // SPATIAL_FACTOR for length in size)
         latent = {"samples": torch.zeros(batch, LATENT_CHANNELS, down, across)}
-        sample_klein(model, positive, latent, 0, 1, 1.0)
+        sample_klein(model, positive, latent, 0, 1, 1.0, preview=False)
         advance()

@@ -44,7 +44,8 @@ def report_on(model: Any, size: tuple[int, int], compare: bool) -> Report:
         The report; steps are timed over whole runs of 4, the first of which is not counted.
     """
     override = model.model_options.get("transformer_options", {}).get(OVERRIDE)
-    lines = [f"attention: {getattr(override, 'kernel', 'ComfyUI its own')}"]
+    kernel = getattr(override, "kernel", "ComfyUI's own")
+    lines = [f"attention: {kernel}"]
     wrappers = model.get_wrappers(APPLY_MODEL, KEY)
     compiler = wrappers[0].compiler if wrappers else None
     before = compiler.graphs if compiler else 0
@@ -85,6 +86,8 @@ def _time(model: Any, size: tuple[int, int]) -> tuple[float, torch.Tensor]:
     seconds = []
     for _ in range(1 + RUNS):
         start = time.perf_counter()
-        samples = sample_klein(model, positive, latent, 0, STEPS, 1.0)["samples"].cpu()  # waits
+        samples = sample_klein(model, positive, latent, 0, STEPS, 1.0, preview=False)[
+            "samples"
+        ].cpu()  # waits
         seconds.append(time.perf_counter() - start)
     return 1e3 * statistics.median(seconds[1:]) / STEPS, samples

@@ -31,6 +31,7 @@ def sample_klein(
     cfg: float = 1.0,
     sigmas: torch.Tensor | None = None,
     watch: Callable[..., None] = lambda *step: None,
+    preview: bool = True,
 ) -> dict:
     """Sample with Klein's own noise levels and Euler.
 
@@ -45,6 +46,7 @@ def sample_klein(
         cfg: how far away; at 1 the negative is not run.
         sigmas: [steps + 1] noise levels instead of Klein's own; `steps` and `denoise` are then not looked at.
         watch: called after each step with what the host's callback is given.
+        preview: show how far it is, with a picture as the user has set it; else without one, for what nobody will see.
 
     Returns:
         A LATENT with the new samples, all else of the input kept.
@@ -64,7 +66,7 @@ def sample_klein(
     device = model.load_device
     guider = _guider(model, positive, negative, cfg)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
-    show = latent_preview.prepare_callback(model, len(sigmas) - 1)
+    show = _show(model, len(sigmas) - 1, preview)
 
     def after_step(*step: Any) -> None:
         watch(*step)
@@ -85,6 +87,14 @@ def sample_klein(
         # of the same type, as the host then frees what it holds
         raise torch.cuda.OutOfMemoryError(_too_large(samples, positive)) from error
     return {**latent, "samples": deliver(result, comfy.model_management.intermediate_device())}
+
+
+def _show(model: Any, steps: int, preview: bool) -> Callable[..., None]:
+    """What tells the canvas how far it is."""
+    if preview:
+        return latent_preview.prepare_callback(model, steps)
+    bar = comfy.utils.ProgressBar(steps)
+    return lambda step, denoised, latents, total: bar.update_absolute(step + 1, total)
 
 
 def _guider(model: Any, positive: list, negative: list | None, cfg: float) -> Any:

@@ -11,6 +11,7 @@ import torch
 
 from ..toolkit.architecture import SPATIAL_FACTOR
 from ..toolkit.clock import StepClock, step_flop
+from ..toolkit.floor import matrix_rate
 from . import compile as compiling
 from . import fused, guard
 from .references import REFERENCES
@@ -60,7 +61,8 @@ def sample_and_tell(model: Any, positive: list, latent: dict, seed: int, steps: 
 
     Returns:
         The LATENT, and a table: width, height (px), batch, references, steps, ms (all of it, waiting for weights
-        included), step_ms (None for a single step), tflops (TFLOP/s in a step, None likewise), device, and `Settings`.
+        included), step_ms (None for a single step), tflops (TFLOP/s in a step, None likewise), floor_ms (what the
+        arithmetic of all steps takes at the rate of one large matrix product, None if not known yet), device, and `Settings`.
     """
     device, start = torch.device(model.load_device), time.perf_counter()
     clock = StepClock(device)
@@ -76,15 +78,24 @@ def sample_and_tell(model: Any, positive: list, latent: dict, seed: int, steps: 
     blocks = len(flux.double_blocks) + len(flux.single_blocks)
     flop = batch * passes * step_flop(flux.hidden_size, blocks, tokens)
     sigmas = others.get("sigmas")
+    count = steps if sigmas is None else len(sigmas) - 1
+    settings = settings_of(model)
+    rate = matrix_rate(device, "fp8" if settings.precision == "fp8" else _dtype_name(model.model))
     return result, {
         "width": across * SPATIAL_FACTOR,
         "height": down * SPATIAL_FACTOR,
         "batch": batch,
         "references": len(references),
-        "steps": steps if sigmas is None else len(sigmas) - 1,
+        "steps": count,
         "ms": ms,
         "step_ms": step_ms,
         "tflops": step_ms and flop / step_ms / 1e9,
+        "floor_ms": rate and 1e3 * count * flop / rate,
         "device": device.type,
-        **dataclasses.asdict(settings_of(model)),
+        **dataclasses.asdict(settings),
     }
+
+
+def _dtype_name(model: Any) -> str:
+    """What the host's model computes in, whatever its weights are kept in."""
+    return str(model.manual_cast_dtype or model.get_dtype()).removeprefix("torch.")

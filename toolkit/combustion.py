@@ -218,7 +218,10 @@ def select_attention_kernel(
             raise KernelUnavailable({choice: reasons[choice]})
         return KERNELS[choice], f"{choice}: chosen by name, on {hardware.name}.{_loss(choice)}"
     if hardware.compute_capability == (0, 0):
-        listed = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+        names = {
+            why: [name for name in reasons if reasons[name] == why] for why in reasons.values()
+        }
+        listed = "; ".join(f"{', '.join(names[why])}: {why}" for why in names)
         return None, f"host: ComfyUI's own attention stays, none of Ark's kernels gains on {hardware.name} ({listed})."  # fmt: skip
     if device is None or shape is None or dtype is None:
         raise ValueError('"auto" measures: it needs a device, a shape and a dtype.')

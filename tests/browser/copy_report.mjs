@@ -1,23 +1,12 @@
 // Puts Ark Doctor on the canvas of a ComfyUI in headless Chromium, queues it and presses its button.
 // node copy_report.mjs URL CHROMIUM SCREENSHOT.png : prints one line of JSON with what it saw.
-import { createRequire } from "node:module";
+import { openBrowser, openCanvas } from "./browser.mjs";
 
 const [url, chromium, screenshot] = process.argv.slice(2);
-const { chromium: browserType } = createRequire(import.meta.url)(process.env.PLAYWRIGHT_CORE || "playwright-core");
-const seen = { errors: [] };
-const browser = await browserType.launch({
-  executablePath: chromium,
-  args: ["--no-sandbox", "--disable-gpu", "--no-proxy-server", "--disable-background-networking", "--no-first-run"],
-});
+const permissions = ["clipboard-read", "clipboard-write"];
+const { browser, page, seen } = await openBrowser(url, chromium, { viewport: { width: 1400, height: 900 }, permissions });
 try {
-  const context = await browser.newContext({ viewport: { width: 1400, height: 900 } });
-  await context.grantPermissions(["clipboard-read", "clipboard-write"], { origin: url });
-  const page = await context.newPage();
-  page.on("pageerror", (error) => seen.errors.push(error.stack || error.message));
-  await page.goto(url, { waitUntil: "domcontentloaded", timeout: 60000 });
-  await page.waitForFunction(() => window.app?.graph && window.LiteGraph?.registered_node_types?.ArkDoctor, null, {
-    timeout: 60000,
-  });
+  await openCanvas(page, url);
   seen.before = await page.evaluate(async () => {
     app.graph.clear();
     window.doctor = LiteGraph.createNode("ArkDoctor");

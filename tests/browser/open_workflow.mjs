@@ -1,40 +1,16 @@
 // Opens a ComfyUI in headless Chromium as a user would: loads a workflow into the canvas, runs it, waits for the image.
 // node open_workflow.mjs URL WORKFLOW.json CHROMIUM SCREENSHOT.png [OTHER.json ...] : prints one line of JSON with what it
 // saw. The others are opened first and run small: `others` has for each what `seen` has of the one that is run as it is.
-// playwright-core is found through PLAYWRIGHT_CORE (its folder) or NODE_PATH.
 import { readFileSync } from "node:fs";
-import { createRequire } from "node:module";
+import { covered, openBrowser, openCanvas, shownImage } from "./browser.mjs";
 
 const [url, workflowFile, chromium, screenshot, ...otherFiles] = process.argv.slice(2);
-const { chromium: browserType } = createRequire(import.meta.url)(process.env.PLAYWRIGHT_CORE || "playwright-core");
 const read = (file) => JSON.parse(readFileSync(file, "utf8"));
-const seen = { errors: [], failedRequests: [], others: {} };
+const { browser, page, seen } = await openBrowser(url, chromium);
+seen.others = {};
 
-const browser = await browserType.launch({
-  executablePath: chromium,
-  args: [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-proxy-server",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-  ],
-});
 try {
-  const page = await browser.newPage({ viewport: { width: 1800, height: 1000 } });
-  page.on("console", (message) => {
-    if (message.type() === "error") seen.errors.push(`${message.text()} (${message.location().url})`);
-  });
-  page.on("pageerror", (error) => seen.errors.push(`page error: ${error.stack || error.message}`));
-  page.on("response", (response) => {
-    if (response.status() >= 400) seen.failedRequests.push(`${response.status()} ${response.url()}`);
-  });
-  await page.goto(url, { waitUntil: "domcontentloaded", timeout: 60000 });
-  await page.waitForFunction(() => window.app?.graph && window.LiteGraph?.registered_node_types?.ArkSampler4Step, null, {
-    timeout: 60000,
-  });
+  await openCanvas(page, url);
   const open = (workflow) =>
     page.evaluate(async (json) => {
       await app.loadGraphData(json);
@@ -82,22 +58,7 @@ try {
   }
   Object.assign(seen, await open(read(workflowFile)));
   seen.run = await run();
-  const saved = () =>
-    (app.graph.nodes ?? app.graph._nodes).find((node) => node.type === "SaveImage")?.imgs?.find((image) => image.naturalWidth);
-  try {
-    await page.waitForFunction(`(${saved})()`, null, { timeout: 20000 });
-    seen.image = await page.evaluate(`(() => {
-      const image = (${saved})();
-      const canvas = document.createElement("canvas");
-      [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
-      const context = canvas.getContext("2d");
-      context.drawImage(image, 0, 0);
-      const colours = new Set(new Uint32Array(context.getImageData(0, 0, canvas.width, canvas.height).data.buffer));
-      return { width: canvas.width, height: canvas.height, colours: colours.size };
-    })()`);
-  } catch (error) {
-    seen.image = { error: error.message };
-  }
+  seen.image = await shownImage(page);
   await page.locator(".ark-tab-button").click();
   await page.locator(".ark-panel h2").first().waitFor({ timeout: 5000 });
   await page.mouse.move(900, 960);
@@ -107,6 +68,19 @@ try {
   });
   await page.waitForTimeout(1500);
   await page.screenshot({ path: screenshot });
+  seen.covered = {}; // with what the nodes show of their run
+  for (const newer of [false, true]) {
+    await page.evaluate((newer) => app.extensionManager.setting.set("Comfy.VueNodes.Enabled", newer), newer);
+    await page.waitForTimeout(1500);
+    for (const file of [workflowFile, ...otherFiles]) {
+      await open(read(file));
+      await page.evaluate(() => app.extensionManager.command.execute("Comfy.Canvas.FitView"));
+      await page.waitForTimeout(1000);
+      (seen.covered[file] ??= []).push(...(await covered(page)));
+      if (newer && file === workflowFile) await page.screenshot({ path: screenshot.replace(".png", "-2.png") });
+    }
+  }
+  await page.evaluate(() => app.extensionManager.setting.set("Comfy.VueNodes.Enabled", false));
 } finally {
   await browser.close();
 }

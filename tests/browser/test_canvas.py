@@ -68,6 +68,12 @@ def test_runs_and_its_nodes_show_what_they_did(canvas: dict, path: Path):
     assert run["badges"] and [badge for badge in run["badges"] if badge[1] != "yes"] == []
     sampler = next(text for label, _, text in run["badges"] if label.startswith("Ark Sampler"))
     assert "a step" in sampler and "4 steps" in sampler
+    assert path != WORKFLOW or "in all, floor" in sampler  # that one is not the server's first run
+
+
+@pytest.mark.parametrize("path", [WORKFLOW, *OTHERS], ids=lambda path: path.stem)
+def test_no_node_covers_another_in_either_design(canvas: dict, path: Path):
+    assert canvas["covered"][str(path)] == []
 
 
 def test_no_error_of_ark_in_the_console(canvas: dict, errors_of_ark: Callable):

@@ -13,11 +13,11 @@ from ark.bootstrap import ROOT, WORKFLOW, Client, Host
 
 pytestmark = [pytest.mark.host, pytest.mark.browser]
 
-LANGUAGES = ["zh", "ja"]
+LANGUAGES = ["zh", "ja", "en"]  # and back
 SILENT = {"ArkReferenceImages", "ArkScheduler"}  # nodes with nothing to tell
 WORDS = {
     name: json.loads((ROOT / "locales" / name / "nodeDefs.json").read_text(encoding="utf-8"))
-    for name in ("en", *LANGUAGES)
+    for name in LANGUAGES
 }
 
 
@@ -72,6 +72,7 @@ def test_the_keyboard_reaches_all_of_it(tour: dict):
     for badge in tour["badges"]:
         assert any(badge["label"] in label for label in tour["keyboard"]), badge["label"]
     assert any("Last runs" in label for label in tour["keyboard"])
+    assert tour["panelByKeys"] == [False, True]  # closed and opened again
 
 
 @pytest.mark.parametrize("part", ["badge", "text", "panel"])

@@ -1,27 +1,11 @@
 // Walks through everything that Ark adds to a ComfyUI's canvas, as a user would, in headless Chromium.
 // node tour.mjs PLAN.json : prints one line of JSON with what it saw. The plan has url, chromium, folder (for screenshots),
 // add ({node type: what to type into the search}), languages, and workflow (a file that has been run on this server).
-// playwright-core is found through PLAYWRIGHT_CORE (its folder) or NODE_PATH.
 import { readFileSync } from "node:fs";
-import { createRequire } from "node:module";
+import { openBrowser, openCanvas } from "./browser.mjs";
 
 const plan = JSON.parse(readFileSync(process.argv[2], "utf8"));
-const { chromium } = createRequire(import.meta.url)(process.env.PLAYWRIGHT_CORE || "playwright-core");
-const seen = { errors: [], failedRequests: [], outside: [] };
-const args = ["--no-sandbox", "--disable-gpu", "--no-proxy-server", "--disable-background-networking"];
-const browser = await chromium.launch({ executablePath: plan.chromium, args });
-const page = await browser.newPage({ viewport: { width: 2200, height: 1200 } });
-page.on("console", (message) => {
-  if (message.type() === "error") seen.errors.push(`${message.text()} (${message.location().url})`);
-});
-page.on("pageerror", (error) => seen.errors.push(`page error: ${error.stack || error.message}`));
-page.on("request", (request) => {
-  const own = [plan.url, "blob:", "data:"].some((start) => request.url().startsWith(start));
-  if (!own) seen.outside.push(request.url());
-});
-page.on("response", (response) => {
-  if (response.status() >= 400) seen.failedRequests.push(`${response.status()} ${response.url()}`);
-});
+const { browser, page, seen } = await openBrowser(plan.url, plan.chromium, { viewport: { width: 2200, height: 1200 } });
 
 const shot = (name, clip) => page.screenshot({ path: `${plan.folder}/${name}.png`, ...(clip ? { clip } : {}) });
 const setting = (name, value) =>
@@ -39,9 +23,7 @@ const phase = (name) => {
 };
 
 async function open() {
-  await page.goto(plan.url, { waitUntil: "domcontentloaded", timeout: 60000 });
-  const ready = () => window.app?.graph && window.LiteGraph?.registered_node_types?.ArkSampler4Step;
-  await page.waitForFunction(ready, null, { timeout: 60000 });
+  await openCanvas(page, plan.url);
   await page.waitForTimeout(1500); // the page's own first graph
 }
 
@@ -210,6 +192,22 @@ async function keyboard() {
   return [...reached];
 }
 
+/** Close and open the panel from the keyboard alone; whether it was there after each. */
+async function panelByKeys() {
+  await page.evaluate(() => document.activeElement?.blur());
+  const there = [];
+  for (let press = 0; press < 150 && !there.length; press++) {
+    await page.keyboard.press("Tab");
+    if (!(await page.evaluate(() => document.activeElement?.matches(".ark-tab-button")))) continue;
+    for (const key of ["Enter", "Space"]) {
+      await page.keyboard.press(key);
+      await page.waitForTimeout(500);
+      there.push(await page.locator(".ark-panel").isVisible());
+    }
+  }
+  return there;
+}
+
 const colours = () =>
   page.evaluate(() => {
     const of = (selector) => getComputedStyle(document.querySelector(selector));
@@ -277,6 +275,7 @@ try {
   }));
   phase("panel");
   seen.keyboard = await keyboard();
+  seen.panelByKeys = await panelByKeys();
   phase("keyboard");
   seen.dark = await colours();
   await setting("Comfy.ColorPalette", "light");
@@ -291,8 +290,6 @@ try {
   seen.languages = {};
   for (const language of plan.languages) seen.languages[language] = await inLanguage(language);
   phase("languages");
-  await setting("Comfy.Locale", "en");
-  await page.waitForTimeout(2000);
   await setting("Comfy.VueNodes.Enabled", true);
   await page.waitForTimeout(2000);
   await fit();

@@ -38,7 +38,7 @@ def test_kernel_times_and_difference(server):
 
 def test_without_anything_set(server):
     text, _ = run(server, "none", compare=False)
-    assert text.startswith("attention: ComfyUI its own\ncompile: off\nthis model: ")
+    assert text.startswith("attention: ComfyUI's own\ncompile: off\nthis model: ")
 
 
 def test_a_size_that_cannot_be_read_is_refused(server):

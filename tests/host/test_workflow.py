@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import urllib.request
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_the_kernel_and_its_reason_are_readable_from_the_nodes_result(server):
     graph["report"] = {"class_type": "PreviewAny", "inputs": {"source": report}}
     text = server.client.run(graph, timeout=120)["history"]["outputs"]["report"]["text"][0]
     if server.on_cpu:
-        assert "cudnn: needs an NVIDIA GPU" in text
+        assert re.search("cudnn, .*: needs an NVIDIA GPU", text)
     assert text
 
 

@@ -2,6 +2,7 @@
 // page's own server (nodes/live.py) and goes nowhere else.
 import { app } from "../../../scripts/app.js";
 import { addBadge, refreshBadges } from "./badge.js";
+import { addCopyButton } from "./doctor.js";
 import { redraw, tab } from "./panel.js";
 import { followServer, onChange } from "./state.js";
 import { translateDefinition, translateSlots } from "./translate.js";
@@ -26,6 +27,7 @@ app.registerExtension({
   beforeRegisterNodeDef: translateDefinition,
   nodeCreated(node) {
     translateSlots(node);
+    addCopyButton(node);
     addBadge(node);
   },
   afterConfigureGraph() {

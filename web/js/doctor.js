@@ -1,5 +1,5 @@
 // The button on Ark Doctor that copies its report.
-import { app } from "../../../scripts/app.js";
+import { say } from "./words.js";
 
 async function copy(text) {
   try {
@@ -11,31 +11,29 @@ async function copy(text) {
     area.select();
     const copied = document.execCommand("copy");
     area.remove();
-    if (!copied) throw new Error("this browser does not let a page copy");
+    if (!copied) throw new Error(say("cannotCopy"));
   }
 }
 
-app.registerExtension({
-  name: "Ark.Doctor",
-  nodeCreated(node) {
-    if (node.comfyClass !== "ArkDoctor") return;
-    let report = "";
-    const press = async () => {
-      const said = report ? "Copied" : "Queue it first";
-      button.label = await (report ? copy(report) : Promise.resolve()).then(() => said, (error) => error.message);
+/** Give a new Ark Doctor its button. */
+export function addCopyButton(node) {
+  if (node.comfyClass !== "ArkDoctor") return;
+  let report = "";
+  const press = async () => {
+    const said = say(report ? "copied" : "queueFirst");
+    button.label = await (report ? copy(report) : Promise.resolve()).then(() => said, (error) => error.message);
+    node.setDirtyCanvas(true, true);
+    setTimeout(() => {
+      button.label = say("copyReport");
       node.setDirtyCanvas(true, true);
-      setTimeout(() => {
-        button.label = "Copy report";
-        node.setDirtyCanvas(true, true);
-      }, 1500);
-    };
-    const button = node.addWidget("button", "copy_report", null, press, { serialize: false }); // no input of the node
-    button.serialize = false; // and nothing to save
-    button.label = "Copy report";
-    const executed = node.onExecuted;
-    node.onExecuted = function (output) {
-      executed?.apply(this, arguments);
-      report = output?.text?.join("\n") ?? "";
-    };
-  },
-});
+    }, 1500);
+  };
+  const button = node.addWidget("button", "copy_report", null, press, { serialize: false }); // no input of the node
+  button.serialize = false; // and nothing to save
+  button.label = say("copyReport");
+  const executed = node.onExecuted;
+  node.onExecuted = function (output) {
+    executed?.apply(this, arguments);
+    report = output?.text?.join("\n") ?? "";
+  };
+}

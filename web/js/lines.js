@@ -46,7 +46,8 @@ function combustion(state) {
 function sampler(state) {
   const size = `${state.width}x${state.height}`;
   const beside = state.references ? say("withReferences", { count: state.references }) : "";
-  const all = say("inAll", { steps: state.steps, size, batch: state.batch, time: time(state.ms), beside });
+  const floor = state.floor_ms ? say("floor", { time: time(state.floor_ms) }) : "";
+  const all = say("inAll", { time: time(state.ms), floor, steps: state.steps, batch: state.batch, size, beside });
   const first = state.step_ms === null ? all : say("aStep", { time: time(state.step_ms), rate: rate(state.tflops) });
   return [first, ...(state.step_ms === null ? [] : [all]), settings(state), ...instead(state)];
 }
@@ -66,7 +67,7 @@ const KINDS = {
 /** How many lines a node has room for before it scrolls. */
 export const ROOM = {
   ArkFastLoader: 3,
-  ArkSageCombustion: 2,
+  ArkSageCombustion: 3,
   ArkSampler4Step: 3,
   ArkTextEncode: 1,
   ArkPrewarm: 1,

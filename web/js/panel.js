@@ -1,7 +1,7 @@
 // The tab in the sidebar: the last runs as a chart and a table, and what of the models is resident.
 import { resident } from "./lines.js";
 import { lastRuns, loaders } from "./state.js";
-import { figure, say } from "./words.js";
+import { clock, figure, say } from "./words.js";
 
 const PARTS = ["encode", "sample", "rest"]; // of a run, from the bottom of its bar
 const WIDTH = 320;
@@ -82,8 +82,7 @@ function table(runs) {
   const columns = ["time", "size", "steps", "sample", "whole"];
   const head = columns.map((name) => made("th", { scope: "col", textContent: say(name) }));
   const rows = runs.map((run) => {
-    const at = new Date(run.at * 1000).toLocaleTimeString();
-    const cells = [at, run.size, run.steps, `${figure(run.sample)} s`, `${figure(run.seconds)} s`];
+    const cells = [clock(run.at), run.size, run.steps, `${figure(run.sample)} s`, `${figure(run.seconds)} s`];
     return made("tr", {}, ...cells.map((text) => made("td", { textContent: text })));
   });
   const body = made("table", {}, made("thead", {}, made("tr", {}, ...head)), made("tbody", {}, ...rows));

@@ -30,5 +30,8 @@ export function say(key, given = {}) {
   return (find("ark", key) ?? key).replace(/\{(\w+)\}/g, (whole, name) => given[name] ?? whole);
 }
 
+/** The time of day, in the language's own writing. */
+export const clock = (seconds) => new Date(seconds * 1000).toLocaleTimeString(language());
+
 /** A number with three significant digits, in the language's own writing. */
 export const figure = (value) => new Intl.NumberFormat(language(), { maximumSignificantDigits: 3 }).format(value);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from .fused.matrix import Fp8, quantise
 
 SIDES = {"cuda": (8192, 4096, 4096), "cpu": (1024, 1024, 1024)}  # rows, in, out; 300 MB on CUDA
 RUNS = 5
+log = logging.getLogger("ark")
 _asked: set[tuple[torch.device, str]] = set()
 
 
@@ -47,8 +49,11 @@ def _measured(device: torch.device, precision: str) -> float | None:
             seconds = min(_seconds(device, lambda: matrix(quantised)) for _ in range(RUNS))
         else:
             seconds = min(_seconds(device, lambda: x @ weight.t()) for _ in range(RUNS))
-    except torch.cuda.OutOfMemoryError:
-        return None  # a figure to show is worth nobody's memory
+    except (
+        RuntimeError
+    ) as error:  # a figure to show is worth nobody's picture; out of memory is one, too
+        log.debug("Ark: the rate of matrices could not be measured (%s).", error)
+        return None
     return 2 * rows * inner * outer / seconds
 
 

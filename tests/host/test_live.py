@@ -28,6 +28,7 @@ def told(server) -> dict:
 
     server.client.post = named
     try:
+        post("/free", {"free_memory": True})  # the loader is to run, whatever ran before
         run = server.client.run(graph, timeout=200)
         told = {
             "graph": graph,

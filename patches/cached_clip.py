@@ -21,6 +21,7 @@ import torch
 from comfy.cli_args import args
 
 from ..toolkit.embeddings import Embeddings
+from ..toolkit.fused.graph import recording
 from ..toolkit.igniter import OpenedModel
 
 TEXTS = 16  # whose tokens are remembered
@@ -101,7 +102,7 @@ class CachedCLIP(comfy.sd.CLIP):
             return False
         if embeddings.known(key):
             return True
-        with embeddings.coming(key), model.engine.lock, torch.inference_mode():
+        with embeddings.coming(key), model.engine.lock, recording, torch.inference_mode():
             # another CLIP's LoRA may lie on the same model
             if model.current_weight_patches_uuid != self.patcher.patches_uuid:
                 return False

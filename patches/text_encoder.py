@@ -211,12 +211,12 @@ def _text_encoder_class(taps: tuple[int, ...] = TEXT_TAPS) -> type:
             states, present = found
             return states.transpose(1, 2), None, {"attention_mask": present}
 
-        def taps_of(self, tokens, layers):
+        def taps_of(self, tokens, layers, record=True):
             """[B, seq_len, taps, C] fp32 and the mask [B, seq_len] by the engine; None if it has no layers."""
             if not layers:
                 return None
             embeds, present = embed_tokens(self, tokens, layers[0].q.device)
-            return self.engine.run(layers, embeds, present, taps), present
+            return self.engine.run(layers, embeds, present, taps, record), present
 
         def __init__(self, device="cpu", dtype=None, model_options=None, **_):
             super().__init__(
@@ -254,18 +254,18 @@ def _text_encoder_class(taps: tuple[int, ...] = TEXT_TAPS) -> type:
             return super().encode_token_weights(token_weight_pairs) if found is None else found
 
         def encode_at_once(self, token_weight_pairs):
-            """As `encode_token_weights`, for who holds the engine's lock; None where that is not ready."""
+            """As `encode_token_weights`, in another thread that holds the engine's lock; None where it is not ready."""
             encoder = getattr(self, ENCODER)
-            return self.by_engine(
-                token_weight_pairs, self.engine.layers_now(encoder.transformer.model)
-            )
+            layers = self.engine.layers_now(encoder.transformer.model)
+            return self.by_engine(token_weight_pairs, layers, record=False)
 
-        def by_engine(self, token_weight_pairs, layers):
+        def by_engine(self, token_weight_pairs, layers, record=True):
             sections = token_weight_pairs[ENCODER]
             # a weight needs the host's arithmetic; Klein's tokenizer makes none
             if not sections or any(pair[1] != 1.0 for section in sections for pair in section):
                 return None
-            found = getattr(self, ENCODER).taps_of([[pair[0] for pair in section] for section in sections], layers)  # fmt: skip
+            tokens = [[pair[0] for pair in section] for section in sections]
+            found = getattr(self, ENCODER).taps_of(tokens, layers, record)
             if found is None:
                 return None
             states, present = found

@@ -93,9 +93,14 @@ class TextEngine:
         torch.cuda.empty_cache()
 
     def run(
-        self, layers: list[Layer], embeds: torch.Tensor, present: torch.Tensor, taps: Sequence[int]
+        self,
+        layers: list[Layer],
+        embeds: torch.Tensor,
+        present: torch.Tensor,
+        taps: Sequence[int],
+        record: bool = True,
     ) -> torch.Tensor:
-        """See `hidden_states`."""
+        """See `hidden_states`, and `Graphs.run` for `record`."""
         operations, _ = operations_for(embeds.device)
 
         def work(embeds: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
@@ -104,7 +109,7 @@ class TextEngine:
         key = (*taps, *(layer.down.data_ptr() for layer in layers))
         with self.lock:
             try:
-                return self.graphs.run(key, work, embeds, present.bool())
+                return self.graphs.run(key, work, embeds, present.bool(), record=record)
             except torch.cuda.OutOfMemoryError as error:  # the host hears of it if it comes again
                 log.warning("Ark text encoder: out of memory (%s). It runs again without its recordings.", str(error).splitlines()[0])  # fmt: skip
             self.graphs.clear()

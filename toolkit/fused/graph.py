@@ -24,7 +24,9 @@ from .allocator import ASYNC, refusal
 
 SHAPES = 4  # recorded at most; each holds the memory of one step
 log = logging.getLogger("ark")
-_one_at_a_time = threading.Lock()  # cudaMallocAsync wants it so in a process
+recording = (
+    threading.Lock()
+)  # held meanwhile: under cudaMallocAsync no other thread may use the device then
 Function = Callable[..., torch.Tensor]
 
 
@@ -61,13 +63,14 @@ class Graphs:
     def _refusal(self) -> str | None:
         return None if self._trying or not torch.cuda.is_initialized() else refusal()
 
-    def run(self, key: Hashable, function: Function, *inputs: torch.Tensor) -> torch.Tensor:
+    def run(self, key: Hashable, function: Function, *inputs: torch.Tensor, record: bool = True) -> torch.Tensor:  # fmt: skip
         """Call a function, or replay what it did.
 
         Args:
             key: of everything but the inputs' numbers: what function reads beside them must stay where it is.
             function: launches kernels only; makes no decision by a number.
             inputs: on a CUDA device.
+            record: False where another thread uses the device meanwhile; what was recorded before is replayed.
         """
         if inputs[0].device.type != "cuda" or self.why_not:
             return function(*inputs)
@@ -75,6 +78,8 @@ class Graphs:
         if key in self._recorded:
             self._recorded.move_to_end(key)
             return self._recorded[key].replay(inputs)
+        if not record:
+            return function(*inputs)
         try:
             if key in self._forms:
                 return self._record(key, function, inputs)
@@ -113,7 +118,7 @@ class Graphs:
         if torch.cuda.get_allocator_backend() != ASYNC:  # which shares by itself
             self._pool = self._pool or torch.cuda.graph_pool_handle()
         stream = self._stream_on(inputs[0].device)
-        with _one_at_a_time:
+        with recording:
             recorded = _Recorded(function, inputs, self._forms[key], self._pool, stream)
         result = recorded.replay(inputs)
         self._recorded[key] = recorded

@@ -156,7 +156,7 @@ def _normed(
         at = first + rows.to(tl.int64)[:, None] * channels + columns[None, :]
         value = tl.load(x + at, mask, 0.0).to(tl.float32) * factor + addend
         if SILU:
-            value = value * tl.sigmoid(value)
+            value = value / (1.0 + tl.exp(-value))
         tl.store(out + at, value.to(out.dtype.element_ty), mask)
 
 

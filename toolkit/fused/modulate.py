@@ -28,7 +28,7 @@ def store_fp8(out, out_scale, row, at, value, inside, smallest):
     """A whole row in fp8, with its scale."""
     step = tl.maximum(tl.max(tl.abs(value), 0), smallest) / 448.0
     tl.store(out_scale + row, step)
-    tl.store(out + at, (value / step).to(out.dtype.element_ty), inside)
+    tl.store(out + at, (value * (1.0 / step)).to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -48,9 +48,7 @@ def _modulate(
         line = img * gate_stream_step + picture * gate_picture_step
         factor = tl.load(gate + line + columns, inside, 0.0).to(tl.float32)
         value += tl.load(y + at, inside, 0.0).to(tl.float32) * factor
-        rounded = value.to(x.dtype.element_ty)
-        tl.store(x + at, rounded, inside)
-        value = rounded.to(tl.float32)
+        tl.store(x + at, value.to(x.dtype.element_ty), inside)
     mean = tl.sum(value, 0) / width
     value = tl.where(inside, value - mean, 0.0)
     value *= tl.rsqrt(tl.sum(value * value, 0) / width + eps)

@@ -34,7 +34,7 @@ def _turn(source, target, weight, cos, sin, at, to, inside, step, HALF: tl.const
     even, odd = tl.split(tl.reshape(value, (value.shape[0], HALF, 2)))
     turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
     turned = tl.reshape(turned, (value.shape[0], 2 * HALF))
-    tl.store(target + to, (turned / step).to(target.dtype.element_ty), inside)
+    tl.store(target + to, (turned * (1.0 / step)).to(target.dtype.element_ty), inside)
 
 
 @triton.jit

@@ -41,7 +41,6 @@ def modulate(
     if y is not None and gate is not None:
         wide = wide + y.float() * rows.spread(gate).float()
         x.copy_(wide)
-        wide = x.float()
     normed = F.layer_norm(wide, wide.shape[-1:], eps=EPS)
     result = normed * (1 + rows.spread(scale).float()) + rows.spread(shift).float()
     return quantise(result) if fp8 else result.to(x.dtype)
@@ -83,11 +82,11 @@ def norm_rotate(
         weight = weight.float().repeat_interleave(torch.tensor(lines, device=x.device), 0)
         even, odd = (wide * weight[:, None]).unflatten(-1, (-1, 2)).unbind(-1)
         c, s = cos[:, None], sin[:, None]
-        return torch.stack((even * c - odd * s, even * s + odd * c), -1).flatten(-2).to(x.dtype)
+        return torch.stack((even * c - odd * s, even * s + odd * c), -1).flatten(-2)
 
     q, k, v = (x.transpose(1, 2) for x in (turn(q, q_norm), turn(k, k_norm), v))
     if not fp8:
-        return q, k, v
+        return q.to(qkv.dtype), k.to(qkv.dtype), v
     most = (head_dim**0.5 * weight.float().abs().amax() for weight in (q_norm, k_norm))
     return to_fp8(q, next(most)), to_fp8(k, next(most)), to_fp8(v)
 
@@ -118,12 +117,8 @@ def swiglu(
     out = F.silu(gate) * up
     if attention is not None:
         wide = attention.wide() if isinstance(attention, Scaled) else attention.float()
-        out = torch.cat((rows.to_rows(wide), out.to(gate_up.dtype).float()), 1)
-    return (
-        quantise(out.to(gate_up.dtype) if attention is None else out)
-        if fp8
-        else out.to(gate_up.dtype)
-    )
+        out = torch.cat((rows.to_rows(wide), out), 1)
+    return quantise(out) if fp8 else out.to(gate_up.dtype)
 
 
 def add_norm(

@@ -52,7 +52,7 @@ def _convert(
         tl.store(scale, step)
         tl.store(scale + 1, 1.0 / step)
     value, to, inside = _tile(x, count, length, num_heads, picture_step, head_step, token_step, ROWS, HEADS, D)  # fmt: skip
-    tl.store(out + to, (value / step).to(out.dtype.element_ty), inside)
+    tl.store(out + to, (value * (1.0 / step)).to(out.dtype.element_ty), inside)
 
 
 def to_fp8(x: torch.Tensor) -> Scaled:

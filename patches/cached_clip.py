@@ -100,7 +100,7 @@ class CachedCLIP(comfy.sd.CLIP):
         key, embeddings = self._key(tokens, True), self.embeddings
         if key is None or embeddings is None or self.patcher.patches or model.engine is None:
             return False
-        if embeddings.known(key):
+        if embeddings.recent(key) is not None or embeddings.saved(key) is not None:
             return True
         with embeddings.coming(key), model.engine.lock, recording, torch.inference_mode():
             # another CLIP's LoRA may lie on the same model

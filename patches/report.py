@@ -86,8 +86,7 @@ def _time(model: Any, size: tuple[int, int]) -> tuple[float, torch.Tensor]:
     seconds = []
     for _ in range(1 + RUNS):
         start = time.perf_counter()
-        samples = sample_klein(model, positive, latent, 0, STEPS, 1.0, preview=False)[
-            "samples"
-        ].cpu()  # waits
+        result = sample_klein(model, positive, latent, 0, STEPS, 1.0, preview=False)
+        samples = result["samples"].cpu()  # waits
         seconds.append(time.perf_counter() - start)
     return 1e3 * statistics.median(seconds[1:]) / STEPS, samples

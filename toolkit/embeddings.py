@@ -81,10 +81,6 @@ class Embeddings:
         self._remember(key, tensors)
         return tensors
 
-    def known(self, key: str) -> bool:
-        """Whether a result is in memory or, as it seems, on disk."""
-        return self.recent(key) is not None or bool(self.on_disk and self._path(key).exists())
-
     @contextlib.contextmanager
     def coming(self, key: str) -> Iterator[None]:
         """Whoever wants this result meanwhile waits for it, see `wait_for`."""

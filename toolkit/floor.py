@@ -49,9 +49,8 @@ def _measured(device: torch.device, precision: str) -> float | None:
             seconds = min(_seconds(device, lambda: matrix(quantised)) for _ in range(RUNS))
         else:
             seconds = min(_seconds(device, lambda: x @ weight.t()) for _ in range(RUNS))
-    except (
-        RuntimeError
-    ) as error:  # a figure to show is worth nobody's picture; out of memory is one, too
+    except RuntimeError as error:
+        # out of memory is one, too: a figure to show is worth nobody's picture
         log.debug("Ark: the rate of matrices could not be measured (%s).", error)
         return None
     return 2 * rows * inner * outer / seconds

@@ -23,6 +23,7 @@ from comfy.cli_args import args
 from ..toolkit.embeddings import Embeddings
 from ..toolkit.fused.graph import recording
 from ..toolkit.igniter import OpenedModel
+from .deliver import current
 
 TEXTS = 16  # whose tokens are remembered
 FORMAT = 1  # counts up when what is kept means something else
@@ -102,7 +103,14 @@ class CachedCLIP(comfy.sd.CLIP):
             return False
         if embeddings.recent(key) is not None or embeddings.saved(key) is not None:
             return True
-        with embeddings.coming(key), model.engine.lock, recording, torch.inference_mode():
+        device = self.patcher.load_device
+        with (
+            embeddings.coming(key),
+            model.engine.lock,
+            recording,
+            current(device),
+            torch.inference_mode(),
+        ):
             # another CLIP's LoRA may lie on the same model
             if model.current_weight_patches_uuid != self.patcher.patches_uuid:
                 return False

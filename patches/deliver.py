@@ -6,6 +6,7 @@ What they lie in then is ready before they are (`toolkit/spare.py`).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 import torch
@@ -50,6 +51,11 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
             tensor = there.copy_(tensor)
         return tensor.to(device, non_blocking=True).contiguous()
     return tensor.to(device).contiguous()
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Make it torch's current one, on which Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def pinned(like: torch.Tensor) -> torch.Tensor | None:

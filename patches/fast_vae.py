@@ -7,7 +7,6 @@ fit in bands either is cut into the host's tiles.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import weakref
@@ -20,7 +19,7 @@ import torch
 
 from ..toolkit.architecture import LATENT_CHANNELS, SPATIAL_FACTOR
 from ..toolkit.pixel_layers import COLOURS
-from .deliver import deliver, upload
+from .deliver import current, deliver, upload
 from .vae_engine import VaeEngine
 
 WAYS = ("decode", "encode")
@@ -102,7 +101,7 @@ class FastVAE(comfy.sd.VAE):
             [self.patcher], memory_required=needed + engine.copies(way), force_full_load=self.disable_offload
         )  # fmt: skip
         for count, band in self._plans(way, len(given), *size):
-            with _current(self.device):
+            with current(self.device):
                 try:
                     if (record := engine.record(way)) is None:
                         return None
@@ -151,12 +150,7 @@ def _by_module(vae: weakref.ref, model: weakref.ref, way: str, x: torch.Tensor, 
     record = engine.record(way) if fits else None
     if record is None:
         return getattr(type(model()), way)(model(), x, **named)
-    with _current(x.device):
+    with current(x.device):
         if way == "decode":
             return engine.decode(record, x, lasting=False).movedim(-1, 1).to(x.dtype)
         return engine.encode(record, x.movedim(1, -1).contiguous(), lasting=False).to(x.dtype)
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -198,8 +198,8 @@ def embed_tokens(encoder: Any, tokens: list[list], device: torch.device) -> tupl
     return embeds, present.long()
 
 
-def _text_encoder_class(taps: tuple[int, ...] = TEXT_TAPS) -> type:
-    """Qwen3 with Klein's three taps, the same on both hosts."""
+def _qwen3_class(taps: tuple[int, ...]) -> type:
+    """Qwen3 with some taps, the same on both hosts; its engine is set on the object."""
 
     class KleinQwen3(sd1_clip.SDClipModel):
         engine = None  # set on the object
@@ -233,6 +233,12 @@ def _text_encoder_class(taps: tuple[int, ...] = TEXT_TAPS) -> type:
                 model_options=model_options or {},
             )
 
+    return KleinQwen3
+
+
+def _text_encoder_class(taps: tuple[int, ...] = TEXT_TAPS) -> type:
+    """The host's text encoder around Qwen3 with Klein's three taps."""
+
     class KleinTextEncoder(comfy.text_encoders.flux.Flux2TEModel):
         def __init__(self, device="cpu", dtype=None, model_options=None):
             super().__init__(
@@ -240,7 +246,7 @@ def _text_encoder_class(taps: tuple[int, ...] = TEXT_TAPS) -> type:
                 dtype=dtype,
                 model_options=model_options or {},
                 name=ENCODER,
-                clip_model=KleinQwen3,
+                clip_model=_qwen3_class(taps),
             )
 
         @property

@@ -109,11 +109,12 @@ class Embeddings:
             lasting: on disk, too.
         """
         self._remember(key, tensors)
-        self._writing = [write for write in self._writing if not write.done()]
-        if len(self._writing) < WAITING:
-            # its thread is waited for when the process ends
-            self._writer = self._writer or futures.ThreadPoolExecutor(1, "ark-embeddings")
-            self._writing.append(self._writer.submit(self._settle, key, tensors, lasting))
+        with self._lock:  # the next prompt's text comes from another thread
+            self._writing = [write for write in self._writing if not write.done()]
+            if len(self._writing) < WAITING:
+                # its thread is waited for when the process ends
+                self._writer = self._writer or futures.ThreadPoolExecutor(1, "ark-embeddings")
+                self._writing.append(self._writer.submit(self._settle, key, tensors, lasting))
 
     def settle(self) -> None:
         """Wait until everything is where it will stay."""

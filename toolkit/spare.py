@@ -5,13 +5,14 @@ Whoever takes a tensor keeps it, and another one of its kind is made ready in th
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-MOST = 128 << 20  # bytes that wait to be taken
+LEAST, MOST = 1 << 20, 128 << 20  # bytes that are worth it, and that wait to be taken
 Kind = tuple[tuple[int, ...], torch.dtype]
 
 
@@ -30,8 +31,9 @@ class Spare:
         return torch.empty(shape, dtype=dtype) if found is None else found
 
     def prepare(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Have one ready for the next who asks; what was asked for longest ago goes first."""
-        self._worker.submit(self._make, (shape, dtype))
+        """Have one ready for the next who asks, if it is large; what was asked for longest ago goes first."""
+        if LEAST <= math.prod(shape) * dtype.itemsize <= MOST:
+            self._worker.submit(self._make, (shape, dtype))
 
     def settle(self) -> None:
         """Wait until everything is ready."""
@@ -39,10 +41,7 @@ class Spare:
 
     def _make(self, kind: Kind) -> None:
         with torch.inference_mode(False):  # whoever takes it may write to it anywhere
-            made = torch.empty(kind[0], dtype=kind[1])
-            if made.nbytes > MOST:
-                return
-            made.zero_()
+            made = torch.empty(kind[0], dtype=kind[1]).zero_()
         with self._lock:
             self._ready[kind] = made
             self._ready.move_to_end(kind)

@@ -50,4 +50,5 @@ def test_with_little_memory_it_is_not_tried(default_allocator, monkeypatch):
     end = time.monotonic() + 20
     while (found := refusal()) == allocator.WAIT and time.monotonic() < end:
         time.sleep(0.02)
-    assert "too little memory" in found and not default_allocator.exists()
+    assert "out of memory for the attempt" in found and "--disable-cuda-malloc" in found
+    assert not default_allocator.exists()  # another time there may be more

@@ -50,13 +50,7 @@ def refusal() -> str | None:
 def _find_out(name: tuple[str, str]) -> None:
     time.sleep(LATER)
     try:
-        if torch.cuda.mem_get_info()[0] < NEEDED:
-            _answers[name] = "there is too little memory to try whether cudaMallocAsync allows it"
-            return
-        tried = probe((ATTEMPT,), SECONDS)[ATTEMPT]
-        problem = tried.problem
-        if not problem and tried.facts["backend"] != ASYNC:
-            problem = "it was tried under another allocator"
+        problem = _attempt()
     except Exception as error:
         problem = f"the attempt failed: {error}"
     if problem:
@@ -65,6 +59,16 @@ def _find_out(name: tuple[str, str]) -> None:
     if not (problem and any(passing in problem.lower() for passing in PASSING)):
         remember(BOOK, name[1], problem or "")
     _answers[name] = problem
+
+
+def _attempt() -> str | None:
+    """Record in another process; what went wrong."""
+    if torch.cuda.mem_get_info()[0] < NEEDED:
+        return f"the device was out of memory for the attempt, which wants {NEEDED >> 30} GB"
+    tried = probe((ATTEMPT,), SECONDS)[ATTEMPT]
+    if not tried.problem and tried.facts["backend"] != ASYNC:
+        return "it was tried under another allocator"
+    return tried.problem
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from ..toolkit.errors import InputError
 from ..toolkit.fused.matrix import Matrix, Plain
 from ..toolkit.fused.runner import COMPUTED, PRECISIONS, Runner, Unknown, choose_engine
 from ..toolkit.step import SingleBlock, Stream, Weights
-from .guard import OVERRIDE, PLAIN, add_guard
+from .guard import OVERRIDE, PLAIN, add_guard, is_finite
 from .warmup import warm_up
 
 __all__ = ["PRECISIONS", "engine_of", "remove_fused", "set_fused"]
@@ -227,7 +227,10 @@ class Engine:
         return weights
 
     def warm_up(self, kernel: str | None) -> None:
-        """Let one block of each kind run in the background, at 1024x1024 and with weights that nobody has set."""
+        """Let one block of each kind run in the background, at 1024x1024 and with weights that nobody has set.
+
+        And what looks at the latents before and after the steps.
+        """
         flux, device = self.base.diffusion_model, self.runner.device
         dtype = self.base.manual_cast_dtype or self.base.get_dtype()
         if dtype not in COMPUTED:
@@ -241,7 +244,9 @@ class Engine:
             latents = torch.zeros(1, 4096, flux.in_channels, dtype=dtype, device=device)
             embeds, ids = latents.new_zeros(1, 512, width), torch.zeros(4608, 4, device=device)
             weights = engine.weights(flux, latents, blocks=1, unset=True)
-            engine.runner.run(weights, latents, embeds, ids, latents.new_ones(1), kernel)
+            found = engine.runner.run(weights, latents, embeds, ids, latents.new_ones(1), kernel)
+            is_finite(found.float())
+            bool(torch.count_nonzero(found.float()) > 0)  # the host: whether there is a picture
 
         warm_up("fused engine", (flux.hidden_size, width, dtype, precision, kernel), device, run)
 

@@ -31,10 +31,10 @@ def add_guard(model: Any, kernel: str) -> None:
         if guarded.failed:
             return executor(guider, sigmas, _on_the_host(extra_args), *args, **kwargs)
         samples = executor(guider, sigmas, extra_args, *args, **kwargs)
-        if bool(torch.isfinite(samples).all()):
+        if is_finite(samples):
             return samples
         again = executor(guider, sigmas, _on_the_host(extra_args), *args, **kwargs)
-        if bool(torch.isfinite(again).all()):
+        if is_finite(again):
             guarded.failed = True
             log.warning(
                 "Ark: %s gave numbers that are not finite. The run was repeated on ComfyUI's own code, which is used from "
@@ -51,6 +51,11 @@ def add_guard(model: Any, kernel: str) -> None:
     wrapper: Any = guarded
     wrapper.failed = False  # for who reports, too
     model.add_wrapper_with_key(SAMPLER_SAMPLE, KEY, wrapper)
+
+
+def is_finite(samples: torch.Tensor) -> bool:
+    """Whether there is neither NaN nor Inf in it; waits for the device."""
+    return bool(torch.isfinite(samples).all())
 
 
 def remove_guard(model: Any) -> None:

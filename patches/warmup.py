@@ -1,26 +1,26 @@
 """CUDA loads each kernel when it is first called: over half a second in the first image of a process.
 
 So a few layers of each part, of the host's own classes and of the sizes in the file, run once with weights that nobody has
-set, while the real weights are on their way. What they compute is thrown away.
+set, while the real weights are on their way. What they compute is thrown away. It is done in the thread that engines use, in
+the order in which the parts are needed.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import comfy.model_management
 import torch
 
+from ..toolkit import gpu_thread
 from ..toolkit.combustion import select_attention_kernel
 from ..toolkit.hardware import probe_hardware
 from .attention import usual_attention
 
 DEVICES = ("cuda",)
 ROOM = 8 << 30  # bytes that must be free on the device
-_queue = ThreadPoolExecutor(1, "ark-warm-up")  # in the order in which the parts are needed
 _seen: set[Hashable] = set()
 log = logging.getLogger("ark")
 
@@ -37,12 +37,12 @@ def warm_up(part: str, shape: Hashable, device: torch.device, run: Callable[[], 
     if device.type not in DEVICES or (part, shape, device) in _seen:
         return
     _seen.add((part, shape, device))
-    _queue.submit(_run_once, part, device, run)
+    gpu_thread.submit(lambda: _run_once(part, device, run))
 
 
 def settle() -> None:
     """Wait until nothing runs in the background any more."""
-    _queue.submit(int).result()
+    gpu_thread.submit(int).result()
 
 
 def unset(weights: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import torch
 import torch.nn.functional as F
 
 from .fused.runner import operations_for
+from .gpu_thread import submit
 
 DEVICES = ("cuda",)
-_queue = ThreadPoolExecutor(1, "ark-wake")
 log = logging.getLogger("ark")
 
 
@@ -22,7 +22,7 @@ def wake(device: torch.device, dtype: torch.dtype) -> Future | None:
         device: that a model is going to run on.
         dtype: that it will be computed in.
     """
-    return _queue.submit(_wake, device, dtype) if device.type in DEVICES else None
+    return submit(lambda: _wake(device, dtype)) if device.type in DEVICES else None
 
 
 def _wake(device: torch.device, dtype: torch.dtype) -> None:

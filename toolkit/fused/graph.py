@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import sys
 import threading
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ..gpu_thread import run_there
 from .allocator import ASYNC, refusal
 
 SHAPES = 4  # recorded at most; each holds the memory of one step
@@ -33,7 +35,7 @@ Function = Callable[..., torch.Tensor]
 class Graphs:
     """Runs functions of tensors, recorded once the same key has come a few times; a bounded number is kept.
 
-    The first runs load the kernels, and let libraries choose theirs.
+    The first runs load the kernels, and let libraries choose theirs; they go to the thread where those are warm.
 
     Args:
         after: how many runs of a key are not recorded; recording takes as long as a run, and whoever waits for a first picture
@@ -72,14 +74,16 @@ class Graphs:
             inputs: on a CUDA device.
             record: False where another thread uses the device meanwhile; what was recorded before is replayed.
         """
-        if inputs[0].device.type != "cuda" or self.why_not:
-            return function(*inputs)
+        device = inputs[0].device
+        call = functools.partial(run_there, function, device=device)
+        if device.type != "cuda" or self.why_not:
+            return call(*inputs)
         key = (key, *((tuple(x.shape), x.dtype, x.device) for x in inputs))
         if key in self._recorded:
             self._recorded.move_to_end(key)
             return self._recorded[key].replay(inputs)
         if not record:
-            return function(*inputs)
+            return call(*inputs)
         try:
             if key in self._forms:
                 return self._record(key, function, inputs)
@@ -88,23 +92,23 @@ class Graphs:
             self.why_not = (str(error).splitlines() or [type(error).__name__])[0]
             log.warning("Ark: nothing is recorded as a CUDA graph (%s).", self.why_not)
             torch.cuda.empty_cache()
-            return function(*inputs)
+            return call(*inputs)
         self._runs[key] = runs = self._runs.get(key, 0) + 1
         if runs < self._after:
-            return function(*inputs)
-        result = self._aside(function, inputs)
+            return call(*inputs)
+        result = self._aside(call, inputs)
         self._forms[key] = torch.empty_like(result, device="meta")
         return result
 
-    def _aside(self, function: Function, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def _aside(self, call: Function, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Run it where it will be recorded, if that matters to the allocator."""
         if torch.cuda.get_allocator_backend() != ASYNC:
-            return function(*inputs)
+            return call(*inputs)
         current = torch.cuda.current_stream()
         stream = self._stream_on(inputs[0].device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            there = function(*inputs)
+            there = call(*inputs)
         current.wait_stream(stream)
         result = there.clone()
         stream.wait_stream(current)  # before it is freed there
@@ -119,7 +123,8 @@ class Graphs:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
         stream = self._stream_on(inputs[0].device)
         with recording:
-            recorded = _Recorded(function, inputs, self._forms[key], self._pool, stream)
+            how = function, inputs, self._forms[key], self._pool, stream
+            recorded = run_there(_Recorded, *how, device=inputs[0].device)
         result = recorded.replay(inputs)
         self._recorded[key] = recorded
         while len(self._recorded) > SHAPES:

@@ -100,7 +100,7 @@ def test_swiglu(random, case, dtype, with_attention, fp8):
         exact = reference.swiglu(gate_up.float(), rows, scaled.wide())
         errors = [(x.wide() - exact).norm() for x in (found, expected)]
         # from fp8 to fp8 many numbers lie half way between two, either of which is as near
-        assert errors[0] <= (1.02 if DEVICE == "cuda" else 2.5) * errors[1]
+        assert errors[0] <= (1.02 * errors[1] if DEVICE == "cuda" else 0.1 * exact.norm())
         torch.testing.assert_close(found.scale, expected.scale, rtol=1e-2, atol=0)
 
 

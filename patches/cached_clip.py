@@ -92,6 +92,13 @@ class CachedCLIP(comfy.sd.CLIP):
             return found
         return (found["cond"], found["pooled_output"]) if return_pooled else found["cond"]
 
+    def load_model(self, *args: Any, **named: Any) -> Any:
+        """As the host's; what lies there, and has its memory in a recording, needs nothing of the host."""
+        engine = self.cond_stage_model.engine
+        if engine is not None and engine.graphs.recorded and self.patcher.is_loaded():
+            return self.patcher
+        return super().load_model(*args, **named)
+
     def encode_ahead(self, text: str) -> bool:
         """Encode a prompt that is going to be asked for, from another thread; returns whether it is known then.
 

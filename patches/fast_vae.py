@@ -8,6 +8,7 @@ fit in bands either is cut into the host's tiles.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import weakref
 from collections.abc import Callable, Iterator
@@ -96,11 +97,15 @@ class FastVAE(comfy.sd.VAE):
         if getattr(vars(self.first_stage_model).get(way), "func", None) is not _by_module:
             engine.refuse("another node has changed the VAE")
             return None
-        needed = engine.needed(way, *size)
-        comfy.model_management.load_models_gpu(
-            [self.patcher], memory_required=needed + engine.copies(way), force_full_load=self.disable_offload
-        )  # fmt: skip
-        for count, band in self._plans(way, len(given), *size):
+        plans = self._plans(way, len(given), *size)
+        if engine.is_recorded(way, given.shape, self.device) and self.patcher.is_loaded():
+            plans = itertools.chain([(len(given), False)], plans)
+        else:
+            needed = engine.needed(way, *size) + engine.copies(way)
+            comfy.model_management.load_models_gpu(
+                [self.patcher], memory_required=needed, force_full_load=self.disable_offload
+            )
+        for count, band in plans:
             with current(self.device):
                 try:
                     if (record := engine.record(way)) is None:

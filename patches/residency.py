@@ -83,6 +83,20 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
         """Of the model."""
         return self.model.ark_masters
 
+    def is_loaded(self) -> bool:
+        """Whether all of it lies on the device as this patcher wants it, known to the host.
+
+        To let the host load it would change nothing then but ask for free memory, several times: over a millisecond.
+        """
+        model = self.model
+        return (
+            model.current_weight_patches_uuid == self.patches_uuid
+            and not model.model_lowvram
+            and model.device == self.load_device
+            and any(loaded.model is self for loaded in comfy.model_management.current_loaded_models)
+            and self.loaded_size() > 0
+        )
+
     def load(
         self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import comfy.model_management
@@ -14,9 +15,13 @@ import torch
 
 from ..toolkit.architecture import SPATIAL_FACTOR
 from ..toolkit.schedule import klein_sigmas
-from .deliver import deliver, upload
+from .deliver import deliver, pinned, upload
+from .guard import KEY, SAMPLER_SAMPLE
 from .references import REFERENCES
 from .sampling_inputs import check_conditioning, check_latent, check_mask, check_model, check_sigmas
+
+SEEING_NOISE = "outer_sample", SAMPLER_SAMPLE  # of the host's WrappersMP
+_worker = ThreadPoolExecutor(1, "ark-noise")
 
 
 def sample_klein(
@@ -64,8 +69,8 @@ def sample_klein(
     else:
         check_sigmas(sigmas)
     device = model.load_device
+    noise, sampler = _noise(model, samples, seed, latent.get("batch_index"))
     guider = _guider(model, positive, negative, cfg)
-    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     show = _show(model, len(sigmas) - 1, preview)
 
     def after_step(*step: Any) -> None:
@@ -74,9 +79,9 @@ def sample_klein(
 
     try:
         result = guider.sample(
-            upload(noise, device),
+            noise,
             upload(samples, device),
-            comfy.samplers.sampler_object("euler"),
+            sampler,
             sigmas,
             denoise_mask=latent.get("noise_mask"),
             callback=after_step,
@@ -87,6 +92,33 @@ def sample_klein(
         # of the same type, as the host then frees what it holds
         raise torch.cuda.OutOfMemoryError(_too_large(samples, positive)) from error
     return {**latent, "samples": deliver(result, comfy.model_management.intermediate_device())}
+
+
+def _noise(model: Any, samples: torch.Tensor, seed: int, indices: Any) -> tuple[torch.Tensor, Any]:
+    """The host's noise on the device, and its Euler, which has the noise in place when it starts.
+
+    To draw it takes as long as all that the host does before: another thread does that meanwhile, unless another node has
+    a wrapper there, which may look at it.
+    """
+    sampler = comfy.samplers.sampler_object("euler")
+    if any(model.wrappers.get(kind, {}).keys() - {KEY} for kind in SEEING_NOISE):
+        noise = comfy.sample.prepare_noise(samples, seed, indices)
+        return upload(noise, model.load_device), sampler
+    drawing = _worker.submit(_draw, samples, seed, indices)
+    start = sampler.sample
+
+    def sample(model_wrap, sigmas, extra_args, callback, noise, *args, **named):
+        noise.copy_(drawing.result(), non_blocking=True)
+        return start(model_wrap, sigmas, extra_args, callback, noise, *args, **named)
+
+    sampler.sample = sample  # on this object
+    return torch.empty_like(samples, device=model.load_device), sampler
+
+
+def _draw(samples: torch.Tensor, seed: int, indices: Any) -> torch.Tensor:
+    noise = comfy.sample.prepare_noise(samples, seed, indices)
+    there = pinned(noise) if torch.cuda.is_available() else None
+    return noise if there is None else there.copy_(noise)
 
 
 def _show(model: Any, steps: int, preview: bool) -> Callable[..., None]:

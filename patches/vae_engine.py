@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import comfy.ldm.modules.diffusionmodules.model as host
@@ -52,6 +52,7 @@ class VaeEngine:
     def __init__(self, model: Any, masters: Any = None):
         self.model, self.graphs, self.choices = model, Graphs(), USUAL
         self.reasons: set[str] = set()
+        self._modules = tuple(model.modules())
         self._records: dict[
             str, tuple[tuple[int, int], Decoder | Encoder]
         ] = {}  # and where the weights lay
@@ -73,7 +74,7 @@ class VaeEngine:
         """Whether it is worth trying, before the weights are on the device; the log says why not, once."""
         if device.type not in DEVICES or dtype not in DTYPES:
             self.refuse(f"it is {str(dtype).removeprefix('torch.')} on {device.type}")
-        elif type(getattr(self.model, PARTS[way].__name__.lower())) is not PARTS[way] or any(map(_changed, self.model.modules())):  # fmt: skip
+        elif type(getattr(self.model, PARTS[way].__name__.lower())) is not PARTS[way] or any(map(_changed, self._modules)):  # fmt: skip
             self.refuse("another node has changed the VAE")
         else:
             return True
@@ -141,8 +142,16 @@ class VaeEngine:
 
         if choices.band or not lasting:
             return work(x)
-        key = record.first.weight.data_ptr(), function.__name__, choices
-        return self.graphs.run(key, work, x)
+        return self.graphs.run(self._key(record, function.__name__), work, x)
+
+    def _key(self, record: Any, way: str) -> Hashable:
+        return record.first.weight.data_ptr(), way, self.choices
+
+    def is_recorded(self, way: str, shape: Sequence[int], device: torch.device) -> bool:
+        """Whether an input in fp32 of this shape would need no memory that is not there already."""
+        record = self._records.get(way, (None, None))[1]
+        form = tuple(shape), torch.float32, device
+        return record is not None and self.graphs.holds(self._key(record, way), form)
 
 
 def _recordable(nbytes: int, x: torch.Tensor) -> bool:

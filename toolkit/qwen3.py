@@ -19,7 +19,6 @@ from .fused.rows import Rows
 
 THETA = 1e6  # of the rotary embedding
 EPS = 1e-6  # of all norms
-HIDDEN = -1e30  # added to the score of what is not to be seen; twice that is finite in bf16, too
 
 
 @dataclass(frozen=True)
@@ -88,13 +87,12 @@ def hidden_states(
     x = embeds.flatten(0, 1).to(torch.float32, copy=True)  # the residual, written in place
     states = x.new_empty(batch, length, len(taps), width)
     table = rotary_table(length, x.device)
-    bias = attention_bias(present, layers[0].q.dtype)
     result: Any = None  # of what was computed last, still to be added
     for number, layer in enumerate(layers[: max(taps)]):
         h = operations.add_norm(x, result, layer.attn_norm, EPS, layer.q.dtype)
         if number in taps:
             states[:, :, taps.index(number)] = x.view(batch, length, width)
-        attended = _attend(layer, h, bias, table, operations)
+        attended = _attend(layer, h, present, table, operations)
         result = F.linear(attended, layer.o)
         h = operations.add_norm(x, result, layer.mlp_norm, EPS, layer.down.dtype)
         gated = operations.swiglu(layer.gate_up(h), Rows(1, len(h), 0))
@@ -106,35 +104,16 @@ def hidden_states(
 def _attend(
     layer: Layer,
     h: torch.Tensor,
-    bias: torch.Tensor,
+    present: torch.Tensor,
     table: tuple[torch.Tensor, torch.Tensor],
     operations: Any,
 ) -> torch.Tensor:
-    """[B * seq_len, C] to [B * seq_len, heads * HEAD_DIM]; each head of k and v is repeated for the q that read it."""
-    repeat = layer.q.shape[0] // layer.k.shape[0]
-    q = operations.norm_turn(F.linear(h, layer.q), layer.q_norm, *table, 1, EPS)
-    k = operations.norm_turn(F.linear(h, layer.k), layer.k_norm, *table, repeat, EPS)
-    v = F.linear(h, layer.v).unflatten(1, (-1, 1, HEAD_DIM)).expand(-1, -1, repeat, -1).flatten(1, 2)  # fmt: skip
-    # [B * seq_len, heads, HEAD_DIM] to [B, heads, seq_len, HEAD_DIM]
-    q, k, v = (t.unflatten(0, (len(bias), -1)).transpose(1, 2) for t in (q, k, v))
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    return attended.transpose(1, 2).flatten(2).flatten(0, 1)
-
-
-def attention_bias(present: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to the scores: the same for every layer, so made once.
-
-    Args:
-        present: [B, seq_len] bool.
-        dtype: of q and k.
-
-    Returns:
-        [B, 1, seq_len, seq_len]. Where a token sees nothing at all it is finite, so that no result is NaN.
-    """
-    length = present.shape[1]
-    later = torch.ones(length, length, dtype=torch.bool, device=present.device).triu(1)
-    padding = ~present[:, None, None, :]
-    return ((later.to(torch.float32) + padding.to(torch.float32)) * HIDDEN).to(dtype)
+    """[B * seq_len, C] to [B * seq_len, heads * HEAD_DIM]."""
+    q = operations.norm_turn(F.linear(h, layer.q), layer.q_norm, *table, EPS)
+    k = operations.norm_turn(F.linear(h, layer.k), layer.k_norm, *table, EPS)
+    v = F.linear(h, layer.v).unflatten(1, (-1, HEAD_DIM))
+    q, k, v = (heads.unflatten(0, present.shape) for heads in (q, k, v))
+    return operations.attend_causal(q, k, v, present).flatten(0, 1)
 
 
 def rotary_table(length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

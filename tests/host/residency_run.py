@@ -68,15 +68,19 @@ with torch.inference_mode():
     found["sent_ahead"] = len(model.masters.opened.ahead)
     found["same"] = torch.equal(sample(model), expected)
     found["home_when_loaded"] = home(model)
+    states = [model.is_loaded(), model.clone().is_loaded(), with_lora(model, 1.0).is_loaded()]
     found["left_ahead"] = len(model.masters.opened.ahead)
     lora = with_lora(model, 1.0)
     found["lora_same"] = torch.equal(sample(lora), expected_lora[1.0])
+    states += [lora.is_loaded(), model.is_loaded()]
     found["backup_is_home"] = (
         model.backup[QKV].weight.data_ptr() == model.masters.homes[QKV].data_ptr()
     )
     found["lora_strength_same"] = torch.equal(sample(with_lora(model, 0.5)), expected_lora[0.5])
     found["lora_gone"] = torch.equal(sample(model), expected)
+    states += [lora.is_loaded(), model.is_loaded()]
     comfy.model_management.unload_all_models()
+    found["loaded"] = [*states, model.is_loaded()]
     found["home_when_unloaded"] = home(model)
     found["after_reload"] = torch.equal(sample(model), expected)
     size = model.model_size()

@@ -39,6 +39,11 @@ def test_lora_equals_the_hosts_and_leaves_nothing(found):
     assert found["backup_is_home"]
 
 
+def test_a_patcher_knows_whether_the_host_would_find_nothing_to_do(found):
+    at_first, with_its_lora, without_again = [True, False, False], [True, False], [False, True]
+    assert found["loaded"] == [*at_first, *with_its_lora, *without_again, False]
+
+
 def test_unloading_returns_to_the_file_and_reloading_is_exact(found):
     assert found["home_when_unloaded"][0] == found["home_when_unloaded"][1]
     assert found["after_reload"]

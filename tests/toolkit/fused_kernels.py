@@ -128,13 +128,30 @@ def test_add_norm(random, count, width, dtype, add):
     assert torch.equal(residuals[0], x) != add
 
 
-@pytest.mark.parametrize(("batch", "length", "heads", "repeat"), [(1, 5, 1, 1), (2, 3, 8, 4), (3, 4, 9, 2)])  # fmt: skip
+@pytest.mark.parametrize(("batch", "length", "heads"), [(1, 5, 1), (2, 3, 8), (3, 4, 9)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norm_turn(random, batch, length, heads, repeat, dtype):
+def test_norm_turn(random, batch, length, heads, dtype):
     x, weight = random(dtype, batch * length, heads * 128), random(torch.float32, 128)
     angles = random(torch.float32, length, 64)
-    arguments = x, weight, angles.cos(), angles.sin(), repeat, 1e-6
+    arguments = x, weight, angles.cos(), angles.sin(), 1e-6
     check(fast.norm_turn(*arguments), reference.norm_turn(*arguments))
+
+
+@pytest.mark.parametrize(("length", "texts"), [(5, (5,)), (70, (3, 70, 64)), (200, (130, 1))])
+@pytest.mark.parametrize("repeat", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attend_causal(random, length, texts, repeat, dtype):
+    count, heads = len(texts) * length, 2 * repeat
+    q = random(dtype, len(texts), length, heads, 128)
+    k = random(dtype, count, 3 * 256)[:, 256:512].unflatten(1, (2, 128)).unflatten(0, q.shape[:2])
+    v = random(dtype, len(texts), length, 2, 128)
+    present = torch.arange(length, device=DEVICE) < torch.tensor(texts, device=DEVICE)[:, None]
+    check(fast.attend_causal(q, k, v, present), reference.attend_causal(q, k, v, present))
+    present[0, 1] = False  # a gap
+    found, expected = (ops.attend_causal(q, k, v, present) for ops in (fast, reference))
+    check(found, expected)
+    present[:] = False
+    assert bool(fast.attend_causal(q, k, v, present).isfinite().all())
 
 
 @pytest.mark.parametrize("case", CASES)

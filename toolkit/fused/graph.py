@@ -136,6 +136,12 @@ class Graphs:
         """How many recordings there are."""
         return len(self._recorded)
 
+    def holds(
+        self, key: Hashable, *forms: tuple[tuple[int, ...], torch.dtype, torch.device]
+    ) -> bool:
+        """Whether there is one for a key and the shapes, dtypes and devices of its inputs."""
+        return (key, *forms) in self._recorded
+
     def clear(self) -> None:
         """Give up what was recorded, and its memory."""
         self._runs.clear()

@@ -12,7 +12,7 @@ from .modulate import line_of
 from .rows import Rows
 from .to_fp8 import to_fp8
 
-HEADS = 8  # that one program handles
+HEADS = 8  # that one program handles, in one warp: sums over a head then need no shared memory
 
 
 @triton.jit
@@ -28,13 +28,14 @@ def _fp8_step(weight, stream_step, smallest, HALF: tl.constexpr):
 @triton.jit
 def _turn(source, target, weight, cos, sin, at, to, inside, step, HALF: tl.constexpr, eps):
     """Norm and rotate [HEADS, 2 * HALF] numbers, and divide them by a step."""
+    factor = tl.load(weight + tl.arange(0, 2 * HALF)).to(tl.float32) * (1.0 / step)
     value = tl.load(source + at, inside, 0.0).to(tl.float32)
     value *= tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / (2 * HALF) + eps)
-    value *= tl.load(weight + tl.arange(0, 2 * HALF)).to(tl.float32)[None, :]
+    value *= factor[None, :]
     even, odd = tl.split(tl.reshape(value, (value.shape[0], HALF, 2)))
     turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
     turned = tl.reshape(turned, (value.shape[0], 2 * HALF))
-    tl.store(target + to, (turned * (1.0 / step)).to(target.dtype.element_ty), inside)
+    tl.store(target + to, turned.to(target.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -90,7 +91,7 @@ def norm_rotate(
     launch(_norm_rotate, (rows.count, triton.cdiv(num_heads, HEADS)))(
         qkv, q, k, v, scales, q_norm, k_norm, cos, sin,
         qkv.stride(0), q_norm.stride(0), k_norm.stride(0), rows.txt, rows.txt_len, rows.img_len, num_heads, eps, SMALLEST,
-        TO_FP8=fp8, COPY_V=copy, HEADS=HEADS, HALF=head_dim // 2, num_warps=4,
+        TO_FP8=fp8, COPY_V=copy, HEADS=HEADS, HALF=head_dim // 2, num_warps=1,
     )  # fmt: skip
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return (Scaled(q, scales[0]), Scaled(k, scales[1]), to_fp8(v)) if fp8 else (q, k, v)

@@ -9,9 +9,10 @@ from .matrix import Activations, Scaled, quantise, to_fp8
 from .reference_pixels import add, factors, interleave, moments, normed, softmax
 from .rows import Rows
 
-__all__ = ["add", "add_norm", "factors", "interleave", "modulate", "moments", "norm_rotate", "norm_turn", "normed", "quantise", "softmax", "swiglu", "to_fp8", "widen"]  # fmt: skip
+__all__ = ["add", "add_norm", "attend_causal", "factors", "interleave", "modulate", "moments", "norm_rotate", "norm_turn", "normed", "quantise", "softmax", "swiglu", "to_fp8", "widen"]  # fmt: skip
 
 EPS = 1e-6  # of the norms without weights
+HIDDEN = -1e30  # added to the score of what is not to be seen; finite in bf16, too
 
 
 def modulate(
@@ -150,7 +151,6 @@ def norm_turn(
     weight: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    repeat: int,
     eps: float,
 ) -> torch.Tensor:
     """Norm each head of the text encoder and turn its pairs (i, i + head_dim / 2).
@@ -160,15 +160,36 @@ def norm_turn(
         weight: [head_dim] fp32.
         cos: [length, head_dim / 2] fp32, of each position in a prompt; `count` is a multiple of it.
         sin: as `cos`.
-        repeat: how many times each head is written, side by side.
         eps: of the norm.
 
     Returns:
-        [count, heads * repeat, head_dim].
+        [count, heads, head_dim].
     """
     length, head_dim = len(cos), len(weight)
     heads = F.rms_norm(x.float().view(-1, length, x.shape[1] // head_dim, head_dim), (head_dim,), weight, eps)  # fmt: skip
     first, second = heads.chunk(2, -1)
     cos, sin = cos[:, None], sin[:, None]
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-    return turned.to(x.dtype).flatten(0, 1).repeat_interleave(repeat, 1)
+    return turned.to(x.dtype).flatten(0, 1)
+
+
+def attend_causal(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, present: torch.Tensor
+) -> torch.Tensor:
+    """Attention of prompts, each token to those before it and to itself, but to no padding.
+
+    Args:
+        q: [B, seq_len, heads, head_dim].
+        k: [B, seq_len, kv_heads, head_dim], each read by heads / kv_heads heads.
+        v: as `k`.
+        present: [B, seq_len] bool, False where nothing may look.
+
+    Returns:
+        [B, seq_len, heads * head_dim]; finite, if without meaning, where a token sees nothing at all.
+    """
+    length, repeat = q.shape[1], q.shape[2] // k.shape[2]
+    later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    bias = (later | ~present[:, None, None, :]).to(q.dtype) * HIDDEN
+    k, v = (x.repeat_interleave(repeat, 2).transpose(1, 2) for x in (k, v))
+    found = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=bias)
+    return found.transpose(1, 2).flatten(2)

@@ -28,7 +28,7 @@ def _add_norm(x, y, out, weight, width, eps, ADD: tl.constexpr, BLOCK: tl.conste
 @triton.jit
 def _norm_turn(
     x, out, weight, cos, sin, length, num_heads, eps,
-    HEADS: tl.constexpr, HALF: tl.constexpr, REPEAT: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
@@ -44,11 +44,8 @@ def _norm_turn(
     angle = (row % length) * HALF + half
     c, s = tl.load(cos + angle), tl.load(sin + angle)
     dtype = out.dtype.element_ty
-    to = (row * num_heads + heads) * REPEAT * 2 * HALF + half
-    for _ in tl.static_range(REPEAT):
-        tl.store(out + to, (first * c - second * s).to(dtype), inside)
-        tl.store(out + to + HALF, (second * c + first * s).to(dtype), inside)
-        to += 2 * HALF
+    tl.store(out + at, (first * c - second * s).to(dtype), inside)
+    tl.store(out + at + HALF, (second * c + first * s).to(dtype), inside)
 
 
 def add_norm(
@@ -73,15 +70,14 @@ def norm_turn(
     weight: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    repeat: int,
     eps: float,
 ) -> torch.Tensor:
     """As `reference.norm_turn`; everything contiguous."""
     count, head_dim = len(x), weight.shape[0]
     num_heads = x.shape[1] // head_dim
-    out = x.new_empty(count, num_heads * repeat, head_dim)
+    out = x.new_empty(count, num_heads, head_dim)
     launch(_norm_turn, (count, triton.cdiv(num_heads, HEADS)))(
         x, out, weight, cos, sin, len(cos), num_heads, eps,
-        HEADS=HEADS, HALF=head_dim // 2, REPEAT=repeat, num_warps=4,
+        HEADS=HEADS, HALF=head_dim // 2, num_warps=4,
     )  # fmt: skip
     return out

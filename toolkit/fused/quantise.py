@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .launch import launch
 from .matrix import FP8, SMALLEST, Quantised
+from .modulate import store_fp8
 
 
 @triton.jit
@@ -17,9 +18,7 @@ def _quantise(x, out, out_scale, row_step, width, smallest, BLOCK: tl.constexpr)
     inside = columns < width
     value = tl.load(x + row.to(tl.int64) * row_step + columns, inside, 0.0).to(tl.float32)
     to = row.to(tl.int64) * width + columns
-    step = tl.maximum(tl.max(tl.abs(value), 0), smallest) / 448.0
-    tl.store(out_scale + row, step)
-    tl.store(out + to, (value * (1.0 / step)).to(out.dtype.element_ty), inside)
+    store_fp8(out, out_scale, row, to, value, inside, smallest)
 
 
 def quantise(x: torch.Tensor) -> Quantised:

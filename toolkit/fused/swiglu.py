@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .launch import launch
 from .matrix import FP8, SMALLEST, Activations, Quantised, Scaled
-from .modulate import blocks, line_of
+from .modulate import line_of
 from .rows import Rows
 
 BLOCK = 1024  # columns that one program writes
@@ -112,9 +112,11 @@ def swiglu(
         launch(_swiglu, grid)(gate_up, attention, out, *sizes, BLOCK=BLOCK, num_warps=4)
         return out
     scale = gate_up.new_empty(rows.count, 1, dtype=torch.float32)
+    most = 1 << (width.bit_length() - 1)  # the largest power of two in it
+    rest = triton.next_power_of_2(width - most) if width > most else 0
     before = triton.next_power_of_2(attention_width) if attention_width else 0
     launch(_swiglu_fp8, (rows.count,))(
         gate_up, attention, scaled.scale if scaled else scale, out, scale, *sizes, SMALLEST,
-        SCALED=scaled is not None, BEFORE=before, **blocks(width), num_warps=8
+        SCALED=scaled is not None, BEFORE=before, MOST=most, REST=rest, num_warps=8
     )  # fmt: skip
     return Quantised(out, scale)

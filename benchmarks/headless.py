@@ -6,10 +6,10 @@ cold_process: from starting `ignite_ark_4b.py` to the whole image file, imports 
 `from_pretrained(...).to("cuda")` and the pipeline; the split is in the note.
 load_all: `load_pipeline` against `from_pretrained(...).to("cuda")`, each in a fresh process in which both libraries are
 imported and the GPU is awake.
-new_prompt_bf16, new_prompt_fp8: from a prompt that was never encoded to the picture in memory, everything loaded and warm,
+new_prompt_bf16, new_prompt_fp8, and with fp8 attention, where that runs: from a prompt that was never encoded to the picture in memory, everything loaded and warm,
 against diffusers as it is, and against diffusers with compiled blocks and cuDNN's attention; one process, in turns. Install accelerate, without which diffusers loads slowly.
 
-Needs a GPU, 64 GB of its memory, 17 GB of disk, and a tokenizer (`--tokenizer`, or where the script finds one). `--tiny` runs
+Needs a GPU, 80 GB of its memory, 17 GB of disk, and a tokenizer (`--tokenizer`, or where the script finds one). `--tiny` runs
 it with small random files, on a CPU too, to test the benchmark itself (then nothing is recorded).
 """
 
@@ -40,6 +40,7 @@ from ark.benchmarks.record import bar_chart, row, write_record
 SCRIPT = Path(__file__).resolve().parent.parent / "ignite_ark_4b.py"
 PROMPT = "a red fox in the snow, number {}"
 STEPS = 4
+FP8_ATTENTION = "cudnn_fp8"
 
 
 def arguments() -> argparse.Namespace:
@@ -219,22 +220,27 @@ def load_all(args: argparse.Namespace, turns: int) -> dict:
 
 def new_prompts(args: argparse.Namespace, turns: int) -> list[dict]:
     """A prompt that was never encoded to the picture, in turns."""
+    import torch
+
     from ark.patches.diffusers import ignite
     from ark.patches.pipeline import load_pipeline
     from ark.patches.render import Renderer
+    from ark.toolkit.hardware import probe_hardware
     from ark.toolkit.jobs import Job
+    from ark.toolkit.kernels import KERNELS
 
     device, size = device_and_size(args)
-    splits: dict[str, list[dict[str, float]]] = {"ark_bf16": [], "ark_fp8": []}
+    settings = {"bf16": ("bf16", "auto"), "fp8": ("fp8", "auto")}
+    if KERNELS[FP8_ATTENTION].unavailable(probe_hardware(torch.device(device))) is None:
+        settings["fp8_attention"] = ("fp8", FP8_ATTENTION)
+    splits: dict[str, list[dict[str, float]]] = {f"ark_{name}": [] for name in settings}
     makers: dict[str, Callable[[str, int], object]] = {}
 
-    def ark(name: str, precision: str) -> Callable[[str, int], object]:
+    def ark(name: str, precision: str, attention: str) -> Callable[[str, int], object]:
         pipeline, _ = load_pipeline(args.folder, device)
         pipeline.set_progress_bar_config(disable=True)
-        combustion, renderer = (
-            ignite(pipeline, engine="fused", precision=precision),
-            Renderer(pipeline),
-        )
+        combustion = ignite(pipeline, attention, engine="fused", precision=precision)
+        renderer = Renderer(pipeline)
         print(combustion.report)
 
         def make(prompt: str, seed: int) -> object:
@@ -247,7 +253,7 @@ def new_prompts(args: argparse.Namespace, turns: int) -> list[dict]:
     def own(pipeline) -> Callable[[str, int], object]:  # noqa: ANN001
         return lambda prompt, seed: own_image(pipeline, prompt, size, seed)
 
-    makers["ark_bf16"], makers["ark_fp8"] = ark("ark_bf16", "bf16"), ark("ark_fp8", "fp8")
+    makers |= {f"ark_{name}": ark(f"ark_{name}", *how) for name, how in settings.items()}
     makers["diffusers_eager"] = own(own_pipeline(args))
     regional = own_pipeline(args)
     if not args.tiny:
@@ -264,12 +270,12 @@ def new_prompts(args: argparse.Namespace, turns: int) -> list[dict]:
             if turn >= 0:
                 times[name].append(1e3 * (time.perf_counter() - start))
     rows = []
-    for precision in ("bf16", "fp8"):
-        name = f"ark_{precision}"
+    for case in settings:
+        name = f"ark_{case}"
         peers = {p: times[p] for p in ("diffusers_eager", "diffusers_regional")}
         stages = {s: 1e3 * statistics.median(x[s] for x in splits[name][3:]) for s in splits[name][0]}  # fmt: skip
         note = ", ".join(f"{stage} {ms:.1f} ms" for stage, ms in stages.items())
-        rows.append(_row(f"new_prompt_{precision}", {"ark": times[name], **peers}, note))
+        rows.append(_row(f"new_prompt_{case}", {"ark": times[name], **peers}, note))
     return rows
 
 

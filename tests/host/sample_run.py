@@ -272,6 +272,18 @@ with torch.inference_mode():
         ),
     }
 
+    seen = []
+
+    def look(executor, noise, *arguments, **options):
+        seen.append(noise.clone())
+        return executor(noise, *arguments, **options)
+
+    watched = ours.clone()
+    watched.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "look", look)
+    plain, again = (ArkSampler4Step.execute(m, chained, empty(64, 64), SEED, 1, 1.0)[0] for m in (ours, watched))  # fmt: skip
+    expected = torch.randn(seen[0].shape, generator=torch.Generator().manual_seed(SEED))
+    results["noise that another node sees"] = [torch.equal(seen[0], expected), torch.equal(plain["samples"], again["samples"])]  # fmt: skip
+
     def full(executor, *arguments, **options):
         raise torch.cuda.OutOfMemoryError("as a card would say it")
 

@@ -66,6 +66,10 @@ def test_latents_equal_the_stock_graphs(found, case: str):
     assert found[case]["kept"], "the latent lost or gained an entry"
 
 
+def test_who_looks_at_the_noise_sees_it(found):
+    assert found["noise that another node sees"] == [True, True]
+
+
 def test_latents_equal_those_of_the_hosts_own_transformer(found):
     errors = {
         case: entry["error"]

@@ -32,12 +32,14 @@ def main(args, console) -> None:
             from ark.patches.diffusers import ignite
             from ark.patches.pipeline import load_pipeline
             from ark.patches.render import Renderer
+            from ark.toolkit.rehearsal import Rehearsal
 
             def watch(moved: int, total: int) -> None:
                 console.loading(moved, total)
                 stop.check()
 
-            pipeline, load = load_pipeline(files, args.device, watch=watch)
+            rehearsal = Rehearsal(args.precision, args.attention)
+            pipeline, load = load_pipeline(files, args.device, watch=watch, rehearsal=rehearsal)
             options = {**ENGINES[args.engine], "precision": args.precision}
             with ignite(pipeline, args.attention, **options) as combustion:
                 console.loaded(pipeline, load, combustion)

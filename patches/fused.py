@@ -18,6 +18,7 @@ import torch
 from ..toolkit.errors import InputError
 from ..toolkit.fused.matrix import Matrix, Plain
 from ..toolkit.fused.runner import COMPUTED, PRECISIONS, Runner, Unknown, choose_engine
+from ..toolkit.rehearsal import rehearse_step
 from ..toolkit.step import SingleBlock, Stream, Weights
 from .guard import OVERRIDE, PLAIN, add_guard, is_finite
 from .warmup import warm_up
@@ -227,35 +228,26 @@ class Engine:
         return weights
 
     def warm_up(self, kernel: str | None) -> None:
-        """Let one block of each kind run in the background, at 1024x1024 and with weights that nobody has set.
-
-        And what looks at the latents before and after the steps.
-        """
+        """Let one block of each kind run in the background, and what looks at the latents before and after the steps."""
         flux, device = self.base.diffusion_model, self.runner.device
         dtype = self.base.manual_cast_dtype or self.base.get_dtype()
         if dtype not in COMPUTED:
             return
-        width, fp8_file = flux.params.context_in_dim, hasattr(flux.single_blocks[0].linear1.weight, "_qdata")  # fmt: skip
+        fp8_file = hasattr(flux.single_blocks[0].linear1.weight, "_qdata")
         precision = "fp8" if fp8_file else self.runner.precision
+        widths = flux.hidden_size, flux.params.context_in_dim
 
         def run() -> None:
-            engine = Engine(self.base, Runner(device, precision))
-            engine.runner.graphs.why_not = "it runs once"
-            latents = torch.zeros(1, 4096, flux.in_channels, dtype=dtype, device=device)
-            embeds, ids = latents.new_zeros(1, 512, width), torch.zeros(4608, 4, device=device)
-            weights = engine.weights(flux, latents, blocks=1, unset=True)
-            found = engine.runner.run(weights, latents, embeds, ids, latents.new_ones(1), kernel)
+            found = rehearse_step(*widths, device, dtype, precision, kernel)
             is_finite(found.float())
             bool(torch.count_nonzero(found.float()) > 0)  # the host: whether there is a picture
 
-        warm_up("fused engine", (flux.hidden_size, width, dtype, precision, kernel), device, run)
+        warm_up("fused engine", (widths, dtype, precision, kernel), device, run)
 
     def weights(
         self,
         flux: Any,
         like: torch.Tensor,
-        blocks: int | None = None,
-        unset: bool = False,
         copies: dict[torch.nn.Module, Matrix] | None = None,
     ) -> Weights:
         """The record of a host's module, by reference; every weight must lie where the latents do.
@@ -263,8 +255,6 @@ class Engine:
         Args:
             flux: the module.
             like: has the dtype to compute in, and the device.
-            blocks: how many of each kind, None for all.
-            unset: have tensors of the same shapes there, of any numbers, in place of the weights.
             copies: the blocks' matrices by their layers; those that it has are taken, the others added.
         """
         copies = {} if copies is None else copies
@@ -275,8 +265,7 @@ class Engine:
             if getattr(layer, "bias", None) is not None:
                 raise Unknown("it does not know biases")
             # norms of older hosts have a scale
-            weight = layer.scale if "scale" in layer._parameters else layer.weight
-            return like.new_empty(weight.shape) if unset else weight
+            return layer.scale if "scale" in layer._parameters else layer.weight
 
         def plain(layer: Any) -> torch.Tensor:
             return self.runner.plain(tensor(layer), like)
@@ -309,8 +298,8 @@ class Engine:
             of(flux.double_stream_modulation_txt.lin),
             of(flux.double_stream_modulation_img.lin),
             of(flux.single_stream_modulation.lin),
-            [(stream(block, "txt"), stream(block, "img")) for block in flux.double_blocks[:blocks]],
-            [single(block) for block in flux.single_blocks[:blocks]],
+            [(stream(block, "txt"), stream(block, "img")) for block in flux.double_blocks],
+            [single(block) for block in flux.single_blocks],
             of(flux.final_layer.adaLN_modulation[1]),
             of(flux.final_layer.linear),
             torch.finfo(torch.float32).eps if eps is None else eps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,9 @@ from ..toolkit.architecture import (
 )
 from ..toolkit.dequantise import stored_dtype
 from ..toolkit.errors import InputError
+from ..toolkit.gpu_thread import submit
 from ..toolkit.igniter import open_model, strip_prefix
+from ..toolkit.imports import building
 from ..toolkit.keys import (
     is_diffusers_transformer,
     is_diffusers_vae,
@@ -29,6 +32,7 @@ from ..toolkit.keys import (
     vae_from_diffusers,
 )
 from ..toolkit.model_files import ModelFiles, find_model
+from ..toolkit.rehearsal import Rehearsal
 from ..toolkit.shipment import Shipment
 from ..toolkit.storage import available_memory
 from ..toolkit.transfer import TransferReport
@@ -66,6 +70,7 @@ def load_pipeline(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     watch: Callable[[int, int], None] = lambda moved, total: None,
+    rehearsal: Rehearsal | None = None,
 ) -> tuple[Any, LoadReport]:
     """Build diffusers' pipeline from a Klein's files.
 
@@ -76,6 +81,8 @@ def load_pipeline(
             ComfyUI computes there, unless memory is too short for it.
         watch: called several times a second with the bytes that have left, and all that will; what it raises ends the
             loading.
+        rehearsal: of what is going to run on a GPU: its kernels are loaded meanwhile, if the libraries are still to be
+            imported, which takes longer.
 
     Returns:
         The `Flux2KleinPipeline`, and what was done. Its text encoder has the 27 layers that Klein reads.
@@ -93,7 +100,9 @@ def load_pipeline(
         "transformer": _open(model.transformer, _transformer),
         "vae": _open(model.vae, _vae),
     }
-    (encoder, encoder_dims), (main, main_dims), (_, _) = (found[1:] for found in opened.values())
+    (encoder, encoder_dims), (main, main_dims), (_, vae_dims) = (
+        found[1:] for found in opened.values()
+    )
     check_match(main_dims, encoder_dims, model.text_encoder.name)
     dtype = dtype or _choose_dtype(device, stored_dtype(main, model.transformer.name), opened)
     _check_room(device, opened, dtype)
@@ -103,8 +112,12 @@ def load_pipeline(
         shipment = Shipment(source, tensors, device)
         parts[name] = Part(getattr(model, name).name, dims, tensors, shipment, held)
     del opened, source, tensors, encoder, main
-    wake(device, dtype)
-    with contextlib.ExitStack() as ended, torch.inference_mode(False), torch.no_grad():
+    dims = main_dims, encoder_dims, vae_dims
+    if "diffusers" not in sys.modules:  # else there is no time for it
+        awake = wake(device, dtype)
+        if awake and rehearsal:
+            submit(lambda: rehearsal.run(*dims, device, dtype))
+    with contextlib.ExitStack() as ended, torch.inference_mode(False), torch.no_grad(), building():
         for part in parts.values():  # what is still in the queue when this fails or is interrupted
             ended.callback(part.shipment.cancel)
         imported = time.perf_counter()

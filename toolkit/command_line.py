@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import json
 import statistics
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ArkError, InputError
+from .imports import OPTIONAL, leave_out
 
 ENGINES = {  # the patch's arguments
     "fused": {"engine": "fused"},
@@ -130,6 +132,8 @@ class Console:
             report: a `LoadReport`.
             combustion: what runs the transformer.
         """
+        gc.freeze()  # it stays, so nobody need look at it again
+        gc.enable()
         pipeline.set_progress_bar_config(desc="steps", disable=None, leave=False)
         moved = sum(transfer.nbytes for transfer in report.transfers) or report.nbytes
         seconds = sum(transfer.seconds for transfer in report.transfers) or report.seconds
@@ -194,6 +198,8 @@ def run(main: Callable[[argparse.Namespace, Console], None], start: float) -> in
         start: see `Console`.
     """
     args = parse()
+    leave_out(*OPTIONAL)
+    gc.disable()  # until everything is loaded
 
     def fail(reason: str, remedy: str, code: int = 1) -> int:
         print(f"error: {reason}\nremedy: {remedy}", file=sys.stderr)

@@ -101,7 +101,9 @@ def _noise(model: Any, samples: torch.Tensor, seed: int, indices: Any) -> tuple[
     a wrapper there, which may look at it.
     """
     sampler = comfy.samplers.sampler_object("euler")
-    if any(model.wrappers.get(kind, {}).keys() - {KEY} for kind in SEEING_NOISE):
+    options = model.model_options.get("transformer_options", {})
+    wrappers = model.wrappers, options.get("wrappers", {})  # either way
+    if any(found.get(kind, {}).keys() - {KEY} for found in wrappers for kind in SEEING_NOISE):
         noise = comfy.sample.prepare_noise(samples, seed, indices)
         return upload(noise, model.load_device), sampler
     drawing = _worker.submit(_draw, samples, seed, indices)

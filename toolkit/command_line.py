@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ArkError, InputError
-from .imports import OPTIONAL, leave_out
+from .imports import OPTIONAL, left_out
 
 ENGINES = {  # the patch's arguments
     "fused": {"engine": "fused"},
@@ -198,9 +198,15 @@ def run(main: Callable[[argparse.Namespace, Console], None], start: float) -> in
         start: see `Console`.
     """
     args = parse()
-    leave_out(*OPTIONAL)
     gc.disable()  # until everything is loaded
+    try:
+        with left_out(*OPTIONAL):
+            return _run(main, args, start)
+    finally:
+        gc.enable()
 
+
+def _run(main: Callable[[argparse.Namespace, Console], None], args: argparse.Namespace, start: float) -> int:  # fmt: skip
     def fail(reason: str, remedy: str, code: int = 1) -> int:
         print(f"error: {reason}\nremedy: {remedy}", file=sys.stderr)
         if args.json:

@@ -11,13 +11,25 @@ from collections.abc import Iterator
 
 # What transformers and diffusers import if it is there, for models and losses that no Klein has.
 OPTIONAL = "scipy", "sklearn", "torchvision"
+LOOKING = {"diffusers", "transformers"}
 SHORT = 1e-4  # s
 
 
-def leave_out(*packages: str) -> None:
-    """Let packages that nobody has imported yet pass for not installed from now on: for a process of one's own."""
-    for name in packages:
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+@contextlib.contextmanager
+def left_out(*packages: str) -> Iterator[None]:
+    """Let packages that nobody has imported yet pass for not installed while diffusers and transformers look.
+
+    They remember what they found, so nothing is done where one of them has looked before.
+    """
+    looked = LOOKING & sys.modules.keys()
+    missing = [name for name in packages if name not in sys.modules and not looked]
+    sys.modules.update(dict.fromkeys(missing))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in missing:
+            if name in sys.modules and sys.modules[name] is None:
+                del sys.modules[name]
 
 
 @contextlib.contextmanager

@@ -35,13 +35,15 @@ def test_who_has_switched_the_collector_off_finds_it_off():
 def test_what_is_left_out_passes_for_not_installed_unless_it_was_imported():
     code = """
 import importlib.util, sys, json
-from ark.toolkit.imports import leave_out
-leave_out("json", "scipy")
-assert importlib.util.find_spec("scipy") is None and sys.modules["json"] is json
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
-from transformers import Qwen3Model
-from diffusers.utils import is_scipy_available
-assert not is_scipy_available()
+from ark.toolkit.imports import OPTIONAL, left_out
+with left_out("json", *OPTIONAL):
+    assert importlib.util.find_spec("scipy") is None and sys.modules["json"] is json
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+    from transformers import Qwen3Model
+    from diffusers.utils import is_scipy_available
+    assert not is_scipy_available()
+assert importlib.util.find_spec("scipy") is not None and sys.modules["json"] is json
+import scipy.stats
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     assert all("." not in name for name in OPTIONAL)

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import statistics
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ COSINE = 0.995  # at least
 WARM_UP, REPEAT = 3, 10
 STEADY, ATTEMPTS = 1.5, 3  # the spread of what is remembered; how often it is tried
 CHECKED_HEADS = 2  # fp32 attention of all heads would take gigabytes
+BOOK = "attention"
 log = logging.getLogger("ark")
+_measuring = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -162,22 +165,35 @@ def measured_kernels(
     hardware: Hardware, device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> list[Measurement]:
     """As `measure_kernels`, remembered for this card, shape, dtype and these versions of torch and the kernels' packages."""
-    versions = ", ".join(f"{package} {version}" for package, version in hardware.packages)
-    key = f"{hardware.name}, torch {torch.__version__}, {versions}, {tuple(shape)}, {dtype}"
-    try:
-        return [Measurement(**fields) for fields in recall("attention", key)]
-    except TypeError:  # none yet, or not ours
-        pass
-    for _ in range(ATTEMPTS):
-        settle()
-        found = measure_kernels(hardware, device, shape, dtype)
-        if all(m.spread is None or m.spread < STEADY for m in found):
-            break
-    else:
-        log.warning("Ark: attention kernels were measured on a busy device; they are measured again the next time.")  # fmt: skip
+    with _measuring:  # two at once would disturb each other
+        if (known := known_kernels(hardware, shape, dtype)) is not None:
+            return known
+        for _ in range(ATTEMPTS):
+            settle()
+            found = measure_kernels(hardware, device, shape, dtype)
+            if all(m.spread is None or m.spread < STEADY for m in found):
+                break
+        else:
+            log.warning("Ark: attention kernels were measured on a busy device; they are measured again the next time.")  # fmt: skip
+            return found
+        key = _key(hardware, shape, dtype)
+        remember(BOOK, key, [dataclasses.asdict(measurement) for measurement in found])
         return found
-    remember("attention", key, [dataclasses.asdict(measurement) for measurement in found])
-    return found
+
+
+def known_kernels(
+    hardware: Hardware, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> list[Measurement] | None:
+    """What `measured_kernels` remembers, None if nothing."""
+    try:
+        return [Measurement(**fields) for fields in recall(BOOK, _key(hardware, shape, dtype))]
+    except TypeError:  # none yet, or not ours
+        return None
+
+
+def _key(hardware: Hardware, shape: tuple[int, int, int, int], dtype: torch.dtype) -> str:
+    versions = ", ".join(f"{package} {version}" for package, version in hardware.packages)
+    return f"{hardware.name}, torch {torch.__version__}, {versions}, {tuple(shape)}, {dtype}"
 
 
 def unavailable_kernels(hardware: Hardware) -> dict[str, str]:

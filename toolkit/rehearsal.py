@@ -23,7 +23,7 @@ from .architecture import (
     TransformerDims,
     VaeDims,
 )
-from .combustion import select_attention_kernel
+from .combustion import known_kernels, select_attention_kernel
 from .fused.matrix import Plain
 from .fused.runner import Runner, operations_for
 from .hardware import probe_hardware
@@ -75,10 +75,11 @@ class Rehearsal:
                 log.warning("Ark: the %s could not be rehearsed (%s).", name, error)
 
     def _step(self, dims: TransformerDims, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (1, USUAL_HEADS, USUAL_TOKENS, HEAD_DIM)
+        hardware, shape = probe_hardware(device), (1, USUAL_HEADS, USUAL_TOKENS, HEAD_DIM)
         kernel = None
-        if self.attention != "none":
-            kernel, _ = select_attention_kernel(self.attention, probe_hardware(device), device, shape, dtype)  # fmt: skip
+        # to measure now would disturb, and be disturbed
+        if self.attention != "none" and (self.attention != "auto" or known_kernels(hardware, shape, dtype)):  # fmt: skip
+            kernel, _ = select_attention_kernel(self.attention, hardware, device, shape, dtype)
         name = kernel.name if kernel else None
         rehearse_step(dims.hidden_size, dims.context_dim, device, dtype, self.precision, name)
 

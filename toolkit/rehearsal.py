@@ -17,7 +17,6 @@ from . import autoencoder, qwen3, step
 from .architecture import (
     HEAD_DIM,
     LATENT_CHANNELS,
-    USUAL_HEADS,
     USUAL_TOKENS,
     TextEncoderDims,
     TransformerDims,
@@ -75,7 +74,7 @@ class Rehearsal:
                 log.warning("Ark: the %s could not be rehearsed (%s).", name, error)
 
     def _step(self, dims: TransformerDims, device: torch.device, dtype: torch.dtype) -> None:
-        hardware, shape = probe_hardware(device), (1, USUAL_HEADS, USUAL_TOKENS, HEAD_DIM)
+        hardware, shape = probe_hardware(device), (1, dims.num_heads, USUAL_TOKENS, HEAD_DIM)
         kernel = None
         # to measure now would disturb, and be disturbed
         if self.attention != "none" and (self.attention != "auto" or known_kernels(hardware, shape, dtype)):  # fmt: skip

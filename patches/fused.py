@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import math
 from typing import Any
 
 import comfy.model_management
@@ -52,9 +53,12 @@ def set_fused(model: Any, precision: str = "bf16") -> tuple[Any, str]:
     clone = remove_fused(model.clone())
 
     def fused(executor, *args, **kwargs):
-        module = executor.class_obj
+        module, x = executor.class_obj, args[0] if args else kwargs["x"]
+        picture = math.prod(-(-side // module.patch_size) for side in x.shape[2:])
         before = vars(module).pop(FORWARD, None)
-        setattr(module, FORWARD, functools.partial(engine.forward, module))  # for this call
+        setattr(
+            module, FORWARD, functools.partial(engine.forward, module, picture)
+        )  # for this call
         try:
             return executor(*args, **kwargs)
         finally:
@@ -126,19 +130,19 @@ class Engine:
         self.runner.release()
         self._made = None
 
-    def forward(self, flux: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As the host's `forward_orig`."""
+    def forward(self, flux: Any, picture: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the host's `forward_orig`, whose caller reads the first tokens only: as many as the picture has."""
         own = type(flux).forward_orig
         given = dict(inspect.signature(own).bind(flux, *args, **kwargs).arguments)
         given.pop("self")
         try:
             try:
-                return self._denoise(flux, **given)
+                return self._denoise(flux, picture, **given)
             except torch.cuda.OutOfMemoryError as error:  # the host hears of it if it comes again
                 log.warning("Ark fused: out of memory (%s). The step is run again without its recordings.", str(error).splitlines()[0])  # fmt: skip
             self.runner.graphs.clear()
             comfy.model_management.soft_empty_cache()
-            return self._denoise(flux, **given)
+            return self._denoise(flux, picture, **given)
         except Unknown as unknown:
             if str(unknown) not in self.runner.reasons:
                 self.runner.reasons.add(str(unknown))
@@ -175,6 +179,7 @@ class Engine:
     def _denoise(
         self,
         flux: Any,
+        picture: int,
         img: torch.Tensor,
         img_ids: torch.Tensor,
         txt: torch.Tensor,
@@ -204,7 +209,7 @@ class Engine:
             self.weights_changed()  # they may have been written in place
             self._patches = patches
         ids = torch.cat((txt_ids[0], img_ids[0]))  # the same for each picture
-        return self.runner.run(self.record(flux, img), img, txt, ids, timesteps, kernel)
+        return self.runner.run(self.record(flux, img), img, txt, ids, timesteps, kernel, picture)
 
     def record(self, flux: Any, like: torch.Tensor) -> Weights:
         """The weights; what fp8 copies were made of leaves the device, if Ark loaded the model.

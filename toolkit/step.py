@@ -40,7 +40,7 @@ class Stream:
 class SingleBlock:
     """Attention and MLP side by side: `linear_in` gives q, k, v and the MLP's halves, `linear_out` takes both results."""
 
-    linear_in: Matrix
+    linear_in: Any  # a Plain or an Fp8
     linear_out: Matrix
     q_norm: torch.Tensor
     k_norm: torch.Tensor
@@ -112,8 +112,11 @@ def denoise(
     attend: Attend,
     ops: Any = reference,
     attend_fp8: bool = False,
+    wanted_len: int | None = None,
 ) -> torch.Tensor:
     """Predict the velocity.
+
+    What nobody reads is not computed: of the last block only the image tokens, of one picture only those that are wanted.
 
     Args:
         weights: the model's.
@@ -124,11 +127,14 @@ def denoise(
         attend: q, k, v [B, num_heads, seq_len, head_dim] to the same shape.
         ops: the operations between the matrices, see `fused/reference.py`.
         attend_fp8: whether `attend` takes and gives `Scaled`.
+        wanted_len: how many of the latent tokens, from the first, None for all; those of several pictures are all given.
 
     Returns:
-        [B, img_len, 128].
+        [B, img_len, 128], or [1, wanted_len, 128].
     """
     rows = Rows(len(latents), prompt_embeds.shape[1], latents.shape[1])
+    picture = Rows(rows.batch, 0, wanted_len if wanted_len and rows.batch == 1 else rows.img_len)
+    shown = slice(rows.txt, rows.txt + picture.count)
     step = _Step(weights, rows, rotary, attend, attend_fp8, ops)
     x = latents.new_empty(rows.count, weights.img_in.features)
     _both(x, rows, (weights.txt_in, weights.img_in), (prompt_embeds.flatten(0, 1), latents.flatten(0, 1)))  # fmt: skip
@@ -137,19 +143,19 @@ def denoise(
     third = _modulation(*weights.single_mod(vec).chunk(3, -1))
     last = _modulation(*weights.final_mod(vec).chunk(2, -1))
 
-    wanted = [streams[0].qkv for streams in weights.double]
-    wanted += [block.linear_in for block in weights.single]  # what each block's input goes into
-    h = ops.modulate(x, first.shift, first.scale, rows, fp8=wanted[0].quantises)
+    into = [streams[0].qkv for streams in weights.double]
+    into.append(weights.single[0].linear_in)  # what each block's input goes into
+    h = ops.modulate(x, first.shift, first.scale, rows, fp8=into[0].quantises)
     for number, streams in enumerate(weights.double, start=1):
         after = first if number < len(weights.double) else third
-        h = step.double(x, h, streams, first, second, after, wanted[number].quantises)
-    for number, block in enumerate(weights.single, start=len(weights.double) + 1):
+        h = step.double(x, h, streams, first, second, after, into[number].quantises)
+    *blocks, final = weights.single
+    for block, following in zip(blocks, weights.single[1:], strict=True):
         y = step.single(h, block)
-        if number < len(wanted):
-            h = ops.modulate(x, third.shift, third.scale, rows, y, third.gate, wanted[number].quantises)  # fmt: skip
-    picture, alone = slice(rows.txt, None), Rows(rows.batch, 0, rows.img_len)
-    h = ops.modulate(x[picture], last.shift, last.scale, alone, y[picture], third.gate)
-    return weights.final(h).unflatten(0, (rows.batch, rows.img_len))
+        h = ops.modulate(x, third.shift, third.scale, rows, y, third.gate, following.linear_in.quantises)  # fmt: skip
+    y = step.last(h, final, shown, picture)
+    h = ops.modulate(x[shown], last.shift, last.scale, picture, y, third.gate)
+    return weights.final(h).unflatten(0, (picture.batch, picture.img_len))
 
 
 @dataclass(frozen=True)
@@ -192,8 +198,7 @@ class _Step:
 
     def single(self, h: Activations, block: SingleBlock) -> torch.Tensor:
         """A single block: `h` is the residual, modulated for it; returns what is to be added, [count, C]."""
-        linear_in: Any = block.linear_in
-        z = linear_in(h)
+        z = block.linear_in(h)
         width = 3 * block.linear_out.features
         norms = (weight.expand(2, -1) for weight in (block.q_norm, block.k_norm))
         fp8 = block.linear_out.quantises
@@ -201,14 +206,31 @@ class _Step:
         linear_out: Any = block.linear_out  # takes what it `quantises` to
         return linear_out(self.ops.swiglu(z[:, width:], self.rows, attention, fp8))
 
+    def last(self, h: Activations, block: SingleBlock, shown: slice, picture: Rows) -> torch.Tensor:
+        """As `single`, for some rows only, but with the keys and values of all."""
+        width = 3 * block.linear_out.features
+        qkv = block.linear_in.part(0, width)(h)
+        gate_up = block.linear_in.part(width, block.linear_in.features)(h[shown])
+        norms = (weight.expand(2, -1) for weight in (block.q_norm, block.k_norm))
+        fp8 = block.linear_out.quantises
+        tokens = slice(self.rows.txt_len, self.rows.txt_len + picture.img_len)
+        attention = self._attend(qkv, norms, qkv.dtype, fp8, tokens)
+        linear_out: Any = block.linear_out
+        return linear_out(self.ops.swiglu(gate_up, picture, attention, fp8))
+
     def _attend(
-        self, qkv: torch.Tensor, norms: Iterable[torch.Tensor], dtype: torch.dtype, fp8: bool
+        self,
+        qkv: torch.Tensor,
+        norms: Iterable[torch.Tensor],
+        dtype: torch.dtype,
+        fp8: bool,
+        tokens: slice = slice(None),
     ) -> torch.Tensor | Scaled:
-        """[count, 3 * C] to [B, seq_len, C], in fp8 if attention gives that and it is welcome."""
+        """[count, 3 * C] to [B, seq_len, C], or some tokens' part of it; in fp8 if attention gives that and it is welcome."""
         q, k, v = self.ops.norm_rotate(
             qkv, *norms, *self.rotary, self.rows, self.weights.qk_eps, self.attend_fp8
         )
-        found = self.attend(q, k, v)
+        found = self.attend(q[:, :, tokens], k, v)
         if not self.attend_fp8:
             return found.transpose(1, 2).flatten(2)
         flat = Scaled(found.data.transpose(1, 2).flatten(2), found.scale)

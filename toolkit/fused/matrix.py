@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -51,6 +52,9 @@ class Scaled:
         """In fp32."""
         return self.data.float() * self.scale[0]
 
+    def __getitem__(self, part: Any) -> Scaled:
+        return Scaled(self.data[part], self.scale)
+
     def by_rows(self, rows: torch.Tensor) -> Quantised:
         """Some of the data [count, K] as rows, each with the same scale."""
         return Quantised(rows, self.scale[:1].expand(len(rows), 1).contiguous())
@@ -72,6 +76,10 @@ class Plain:
     def features(self) -> int:
         """Width of the output."""
         return self.weight.shape[0]
+
+    def part(self, start: int, stop: int) -> Plain:
+        """What gives some of the outputs, by reference."""
+        return Plain(self.weight[start:stop])
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[count, in] to [count, out]."""
@@ -130,6 +138,10 @@ class Fp8:
     def features(self) -> int:
         """Width of the output."""
         return self.weight.shape[0]
+
+    def part(self, start: int, stop: int) -> Fp8:
+        """What gives some of the outputs, by reference."""
+        return Fp8(self.weight[start:stop], self.scale[:, start:stop], self.dtype)
 
     def __call__(self, x: Quantised, out: torch.Tensor | None = None) -> torch.Tensor:
         """[count, in] to [count, out]."""

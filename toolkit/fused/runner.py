@@ -78,6 +78,7 @@ class Runner:
         ids: torch.Tensor,
         timestep: torch.Tensor,
         kernel: str | None,
+        wanted_len: int | None = None,
     ) -> torch.Tensor:
         """One step, see `step.denoise`.
 
@@ -88,6 +89,7 @@ class Runner:
             ids: [txt_len + img_len, 4] coordinates, text first.
             timestep: [B], 0 to 1.
             kernel: the attention kernel's name, None for torch's choice.
+            wanted_len: see `step.denoise`.
 
         Raises:
             Unknown: before anything is computed.
@@ -97,9 +99,9 @@ class Runner:
         def work(*inputs: torch.Tensor) -> torch.Tensor:
             x, embeds, coordinates, times = inputs
             table = step.rotary_table(coordinates)
-            return step.denoise(weights, x, embeds, times, table, attend, self.operations, in_fp8)
+            return step.denoise(weights, x, embeds, times, table, attend, self.operations, in_fp8, wanted_len)  # fmt: skip
 
-        key = (weights.addresses(), kernel)
+        key = (weights.addresses(), kernel, wanted_len)
         return self.graphs.run(key, work, latents, prompt_embeds, ids, timestep)
 
     def plain(self, weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,7 @@ class _Plan:
         self.out, _, *self.largest = graph.sdpa_fp8(
             **self.data, **self.scales, attn_scale=q.shape[-1] ** -0.5, generate_stats=False
         )
-        self.out.set_output(True).set_dim(list(q.shape)).set_stride(list(q.stride())).set_data_type(fp8)  # fmt: skip
+        self.out.set_output(True).set_dim(list(q.shape)).set_stride(list(torch.empty_like(q).stride())).set_data_type(fp8)  # fmt: skip
         for item in self.largest:  # which it insists on telling
             item.set_output(True).set_dim([1] * 4).set_stride([1] * 4).set_data_type(fp32)
         graph.validate()

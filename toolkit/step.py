@@ -21,7 +21,6 @@ from .fused.rows import Rows
 THETA = 2000.0  # of the rotary embedding
 AXES = (32, 32, 32, 32)  # numbers of a head that each of the four coordinates turns
 TIME_WIDTH = 256
-Attend = Callable[[Any, Any, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,21 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Attend:
+    """How attention is computed.
+
+    Attributes:
+        run: q, k, v [B, num_heads, seq_len, head_dim] to the shape of q.
+        fp8: whether it takes and gives `Scaled`.
+        any_length: whether q may have fewer tokens than k and v.
+    """
+
+    run: Callable[[Any, Any, Any], Any] = F.scaled_dot_product_attention
+    fp8: bool = False
+    any_length: bool = True
+
+
+@dataclass(frozen=True)
 class Modulation:
     """What a norm is followed by, and a result multiplied with; each [2, B, C], for text and for image."""
 
@@ -103,15 +117,17 @@ class Modulation:
     gate: torch.Tensor | None = None
 
 
+TORCHS = Attend()
+
+
 def denoise(
     weights: Weights,
     latents: torch.Tensor,
     prompt_embeds: torch.Tensor,
     timestep: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor],
-    attend: Attend,
+    attend: Attend = TORCHS,
     ops: Any = reference,
-    attend_fp8: bool = False,
     wanted_len: int | None = None,
 ) -> torch.Tensor:
     """Predict the velocity.
@@ -124,9 +140,8 @@ def denoise(
         prompt_embeds: [B, txt_len, context_dim].
         timestep: [B], 0 to 1.
         rotary: cos and sin, see `rotary_table`.
-        attend: q, k, v [B, num_heads, seq_len, head_dim] to the same shape.
+        attend: attention.
         ops: the operations between the matrices, see `fused/reference.py`.
-        attend_fp8: whether `attend` takes and gives `Scaled`.
         wanted_len: how many of the latent tokens, from the first, None for all; those of several pictures are all given.
 
     Returns:
@@ -135,7 +150,7 @@ def denoise(
     rows = Rows(len(latents), prompt_embeds.shape[1], latents.shape[1])
     picture = Rows(rows.batch, 0, wanted_len if wanted_len and rows.batch == 1 else rows.img_len)
     shown = slice(rows.txt, rows.txt + picture.count)
-    step = _Step(weights, rows, rotary, attend, attend_fp8, ops)
+    step = _Step(weights, rows, rotary, attend, ops)
     x = latents.new_empty(rows.count, weights.img_in.features)
     _both(x, rows, (weights.txt_in, weights.img_in), (prompt_embeds.flatten(0, 1), latents.flatten(0, 1)))  # fmt: skip
     vec = F.silu(_embed_time(weights, timestep, x.dtype))  # [B, C]
@@ -166,7 +181,6 @@ class _Step:
     rows: Rows
     rotary: tuple[torch.Tensor, torch.Tensor]
     attend: Attend
-    attend_fp8: bool
     ops: Any
 
     def double(
@@ -227,13 +241,15 @@ class _Step:
         tokens: slice = slice(None),
     ) -> torch.Tensor | Scaled:
         """[count, 3 * C] to [B, seq_len, C], or some tokens' part of it; in fp8 if attention gives that and it is welcome."""
-        q, k, v = self.ops.norm_rotate(
-            qkv, *norms, *self.rotary, self.rows, self.weights.qk_eps, self.attend_fp8
-        )
-        found = self.attend(q[:, :, tokens], k, v)
-        if not self.attend_fp8:
+        fp8_qkv = self.attend.fp8
+        q, k, v = self.ops.norm_rotate(qkv, *norms, *self.rotary, self.rows, self.weights.qk_eps, fp8_qkv)  # fmt: skip
+        if self.attend.any_length:
+            found = self.attend.run(q[:, :, tokens], k, v)
+        else:
+            found = self.attend.run(q, k, v)[:, :, tokens]
+        if not fp8_qkv:
             return found.transpose(1, 2).flatten(2)
-        flat = Scaled(found.data.transpose(1, 2).flatten(2), found.scale)
+        flat = Scaled(found.data.transpose(1, 2).flatten(2).contiguous(), found.scale)
         return flat if fp8 else self.ops.widen(flat, dtype)
 
     def _rows(self, attention: torch.Tensor | Scaled) -> Activations:

@@ -239,3 +239,15 @@ def test_kernels_on_the_gpu(name):
     out = KERNELS[name].attend(*(x.bfloat16() for x in (q, k, v))).float()
     limit = 0.08 if name == "cudnn_fp8" else 0.05 if KERNELS[name].lossy else 0.01
     assert (out - expected).norm() / expected.norm() < limit
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_says_that_q_may_be_shorter_takes_a_part_of_it(device):
+    hardware = probe_hardware(torch.device(device))
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    q, k, v = (torch.randn(1, 300, 2, 128).to(device, dtype).transpose(1, 2) for _ in "qkv")
+    asked = [one for one in KERNELS.values() if one.any_length and one.unavailable(hardware) is None and dtype in one.dtypes]  # fmt: skip
+    assert {"math"} <= {one.name for one in asked}
+    for kernel in asked:
+        found, expected = kernel.attend(q[:, :, 44:], k, v), kernel.attend(q, k, v)[:, :, 44:]
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-3)

@@ -13,7 +13,7 @@ import torch
 from ark.toolkit.fused import reference
 from ark.toolkit.fused.matrix import FP8, Fp8, Plain, quantise, to_fp8
 from ark.toolkit.fused.runner import Runner, Unknown, choose_engine, operations_for
-from ark.toolkit.step import SingleBlock, Stream, Weights, denoise, rotary_table
+from ark.toolkit.step import Attend, SingleBlock, Stream, Weights, denoise, rotary_table
 
 KERNELS = "fused_kernels.py", "pixel_kernels.py"
 
@@ -94,11 +94,34 @@ def test_attention_in_fp8_stays_near(precision, batch):
         seen.extend((q, k, v))
         return to_fp8(torch.nn.functional.scaled_dot_product_attention(q.wide(), k.wide(), v.wide()))  # fmt: skip
 
-    expected = denoise(weights, *inputs, table, torch.nn.functional.scaled_dot_product_attention)
-    found = denoise(weights, *inputs, table, attend_fp8, attend_fp8=True)
+    expected = denoise(weights, *inputs, table)
+    found = denoise(weights, *inputs, table, Attend(attend_fp8, fp8=True, any_length=False))
     assert len(seen) == 6 and all(x.data.dtype == FP8 for x in seen)
     error = float((found - expected).norm() / expected.norm())
     assert 1e-4 < error < 0.06, error
+
+
+@pytest.mark.parametrize("wanted_len", [None, 8, 12])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("any_length", [True, False])
+@pytest.mark.parametrize("fp8", [True, False])
+def test_what_is_not_read_changes_nothing(batch, wanted_len, any_length, fp8):
+    weights, (txt_len, img_len) = small_klein("fp8" if fp8 else "bf16"), (5, 12)
+    inputs = torch.randn(batch, img_len, 128), torch.randn(batch, txt_len, 96), torch.full((batch,), 0.7)  # fmt: skip
+    table, lengths = rotary_table(torch.randint(0, 9, (txt_len + img_len, 4))), []
+
+    def attend(q, k, v):
+        lengths.append((q.data if fp8 else q).shape[2])
+        if fp8:
+            return to_fp8(torch.nn.functional.scaled_dot_product_attention(q.wide(), k.wide(), v.wide()), 4.0)  # fmt: skip
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    everything = denoise(weights, *inputs, table, Attend(attend, fp8, False))
+    found = denoise(weights, *inputs, table, Attend(attend, fp8, any_length), wanted_len=wanted_len)
+    kept = wanted_len if wanted_len and batch == 1 else img_len
+    torch.testing.assert_close(found, everything[:, :kept], rtol=1e-4, atol=1e-5)
+    assert found.shape == (batch, kept, 128)
+    assert lengths == [17] * 3 + [kept if any_length else 17]
 
 
 def test_kernels_that_do_not_run_are_not_used():

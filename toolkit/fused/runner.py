@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from .. import step
 from ..errors import InputError
@@ -94,12 +93,12 @@ class Runner:
         Raises:
             Unknown: before anything is computed.
         """
-        attend, in_fp8 = _attend(kernel, latents.dtype)
+        attend = _attend(kernel, latents.dtype)
 
         def work(*inputs: torch.Tensor) -> torch.Tensor:
             x, embeds, coordinates, times = inputs
             table = step.rotary_table(coordinates)
-            return step.denoise(weights, x, embeds, times, table, attend, self.operations, in_fp8, wanted_len)  # fmt: skip
+            return step.denoise(weights, x, embeds, times, table, attend, self.operations, wanted_len)  # fmt: skip
 
         key = (weights.addresses(), kernel, wanted_len)
         return self.graphs.run(key, work, latents, prompt_embeds, ids, timestep)
@@ -189,15 +188,16 @@ def choose_engine(device: torch.device) -> tuple[str, str]:
     return ("host", f"the fused engine would run its {how}") if operations is reference else ("fused", how)  # fmt: skip
 
 
-def _attend(kernel: str | None, dtype: torch.dtype) -> tuple[Callable, bool]:
-    """What computes attention, and whether it does so from fp8 to fp8."""
+def _attend(kernel: str | None, dtype: torch.dtype) -> step.Attend:
+    """What computes attention."""
     if kernel is None:
-        return F.scaled_dot_product_attention, False
-    if dtype not in KERNELS[kernel].dtypes:
+        return step.TORCHS
+    named = KERNELS[kernel]
+    if dtype not in named.dtypes:
         raise Unknown(f"{kernel} does not take {dtype}")
-    if attend_fp8 := KERNELS[kernel].attend_fp8:
-        return attend_fp8, True
-    return functools.partial(_by_kernel, kernel), False
+    if named.attend_fp8:
+        return step.Attend(named.attend_fp8, True, named.any_length)
+    return step.Attend(functools.partial(_by_kernel, kernel), False, named.any_length)
 
 
 def _by_kernel(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ class AttentionKernel:
         head_dims: that it takes.
         package: that it comes from; None for torch.
         attend_fp8: as `attend`, of q, k and v that are in fp8, the result, too; None if it has no such way.
+        any_length: whether it is known to take a q of fewer tokens than k and v.
     """
 
     name: str
@@ -39,6 +40,7 @@ class AttentionKernel:
     head_dims: tuple[int, ...] = (64, 128)
     package: str | None = None
     attend_fp8: AttendFp8 | None = None
+    any_length: bool = False
 
 
 def needs(

@@ -13,8 +13,8 @@ def attend_flat(kernel: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
     Args:
         kernel: its name.
         q: [B, num_heads, seq_len, head_dim].
-        k: of the same shape.
-        v: of the same shape.
+        k: of the same shape, or of more tokens, see `AttentionKernel.any_length`.
+        v: as `k`.
 
     Returns:
         [B, seq_len, num_heads * head_dim].

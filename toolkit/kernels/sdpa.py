@@ -6,9 +6,12 @@ threads would find no kernel meanwhile.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from .kernel import ALL_FLOATS, HALF, AttentionKernel, needs
+from ..hardware import Hardware
+from .kernel import ALL_FLOATS, HALF, Attend, AttentionKernel, needs
 
 ANY_HEAD_DIM = tuple(range(8, 257, 8))
 
@@ -30,9 +33,16 @@ def attend_math(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tens
     return torch.ops.aten._scaled_dot_product_attention_math(q, k, v)[0]
 
 
+def _of_torch(
+    name: str, dtypes: tuple[torch.dtype, ...], attend: Attend, unavailable: Callable[[Hardware], str | None],
+    head_dims: tuple[int, ...] = ANY_HEAD_DIM,
+) -> AttentionKernel:  # fmt: skip
+    return AttentionKernel(name, dtypes, attend, unavailable, head_dims=head_dims, any_length=True)
+
+
 KERNELS = (
-    AttentionKernel("cudnn", HALF, _cudnn, needs((8, 0)), head_dims=(64, 128)),
-    AttentionKernel("flash", HALF, _flash, needs((8, 0)), head_dims=ANY_HEAD_DIM),
-    AttentionKernel("efficient", ALL_FLOATS, _efficient, needs((5, 0)), head_dims=ANY_HEAD_DIM),
-    AttentionKernel("math", ALL_FLOATS, attend_math, lambda hardware: None, head_dims=ANY_HEAD_DIM),
+    _of_torch("cudnn", HALF, _cudnn, needs((8, 0)), (64, 128)),
+    _of_torch("flash", HALF, _flash, needs((8, 0))),
+    _of_torch("efficient", ALL_FLOATS, _efficient, needs((5, 0))),
+    _of_torch("math", ALL_FLOATS, attend_math, lambda hardware: None),
 )

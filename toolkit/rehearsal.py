@@ -114,6 +114,7 @@ def rehearse_step(
         return step.Stream(*matrices, like.new_empty(HEAD_DIM), like.new_empty(HEAD_DIM))
 
     linear_in, linear_out = matrix((3 + 2 * MLP) * hidden, hidden), matrix(hidden, (1 + MLP) * hidden)  # fmt: skip
+    single = step.SingleBlock(linear_in, linear_out, like.new_empty(HEAD_DIM), like.new_empty(HEAD_DIM))  # fmt: skip
     weights = step.Weights(
         plain(hidden, LATENT_CHANNELS),
         plain(hidden, context),
@@ -122,7 +123,7 @@ def rehearse_step(
         plain(6 * hidden, hidden),
         plain(3 * hidden, hidden),
         [(stream(), stream())],
-        [step.SingleBlock(linear_in, linear_out, like.new_empty(HEAD_DIM), like.new_empty(HEAD_DIM))] * 2,  # the last one is run in another way
+        [single] * 2,  # the last one is run in another way
         plain(2 * hidden, hidden),
         plain(LATENT_CHANNELS, hidden),
         1e-6,

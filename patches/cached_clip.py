@@ -28,7 +28,7 @@ from .deliver import current
 TEXTS = 16  # whose tokens are remembered
 FORMAT = 1  # counts up when what is kept means something else
 # what its numbers depend on
-SOURCES = "toolkit/qwen3.py", "toolkit/fused/text.py", "toolkit/fused/swiglu.py", "toolkit/fused/reference.py", "toolkit/text_engine.py", "patches/text_engine.py", "patches/text_encoder.py"  # fmt: skip
+SOURCES = "toolkit/qwen3.py", "toolkit/fused/text.py", "toolkit/fused/attend_causal.py", "toolkit/fused/swiglu.py", "toolkit/fused/reference.py", "toolkit/text_engine.py", "patches/text_engine.py", "patches/text_encoder.py"  # fmt: skip
 HOSTS_OWN = {"manual_cast_dtype"}  # an object patch that newer hosts set on every text encoder
 PLAIN_OPTIONS: tuple[dict[str, Any], ...] = ({}, {"transformer_options": {}})
 log = logging.getLogger("ark")

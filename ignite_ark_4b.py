@@ -38,7 +38,8 @@ def main(args, console) -> None:
                 console.loading(moved, total)
                 stop.check()
 
-            rehearsal = Rehearsal(args.precision, args.attention)
+            fused = args.engine == "fused"
+            rehearsal = Rehearsal(args.precision, args.attention) if fused else None
             pipeline, load = load_pipeline(files, args.device, watch=watch, rehearsal=rehearsal)
             options = {**ENGINES[args.engine], "precision": args.precision}
             with ignite(pipeline, args.attention, **options) as combustion:

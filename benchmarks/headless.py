@@ -6,8 +6,9 @@ cold_process: from starting `ignite_ark_4b.py` to the whole image file, imports 
 `from_pretrained(...).to("cuda")` and the pipeline; the split is in the note.
 load_all: `load_pipeline` against `from_pretrained(...).to("cuda")`, each in a fresh process in which both libraries are
 imported and the GPU is awake.
-new_prompt_bf16, new_prompt_fp8, and with fp8 attention, where that runs: from a prompt that was never encoded to the picture in memory, everything loaded and warm,
-against diffusers as it is, and against diffusers with compiled blocks and cuDNN's attention; one process, in turns. Install accelerate, without which diffusers loads slowly.
+new_prompt_bf16, new_prompt_fp8, and with fp8 attention, where that runs: from a prompt that was never encoded to the picture
+in memory, everything loaded and warm, against diffusers as it is, and against diffusers with compiled blocks and cuDNN's
+attention; one process, in turns. Install accelerate, without which diffusers loads slowly.
 
 Needs a GPU, 80 GB of its memory, 17 GB of disk, and a tokenizer (`--tokenizer`, or where the script finds one). `--tiny` runs
 it with small random files, on a CPU too, to test the benchmark itself (then nothing is recorded).

@@ -20,7 +20,7 @@ from ..toolkit.errors import InputError
 from ..toolkit.fused.matrix import Matrix, Plain
 from ..toolkit.fused.runner import COMPUTED, PRECISIONS, Runner, Unknown, choose_engine
 from ..toolkit.rehearsal import rehearse_step
-from ..toolkit.step import SingleBlock, Stream, Weights
+from ..toolkit.step_weights import SingleBlock, Stream, Weights
 from .guard import OVERRIDE, PLAIN, add_guard, is_finite
 from .warmup import warm_up
 
@@ -56,9 +56,8 @@ def set_fused(model: Any, precision: str = "bf16") -> tuple[Any, str]:
         module, x = executor.class_obj, args[0] if args else kwargs["x"]
         picture = math.prod(-(-side // module.patch_size) for side in x.shape[2:])
         before = vars(module).pop(FORWARD, None)
-        setattr(
-            module, FORWARD, functools.partial(engine.forward, module, picture)
-        )  # for this call
+        # for this call
+        setattr(module, FORWARD, functools.partial(engine.forward, module, picture))
         try:
             return executor(*args, **kwargs)
         finally:

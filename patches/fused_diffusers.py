@@ -13,7 +13,7 @@ from ..toolkit.errors import InputError
 from ..toolkit.fused.matrix import Joined, Matrix, Plain
 from ..toolkit.fused.runner import Runner, Unknown
 from ..toolkit.sources import Sources
-from ..toolkit.step import SingleBlock, Stream, Weights
+from ..toolkit.step_weights import SingleBlock, Stream, Weights
 
 log = logging.getLogger("ark")
 

@@ -106,17 +106,12 @@ def load_pipeline(
     check_match(main_dims, encoder_dims, model.text_encoder.name)
     dtype = dtype or _choose_dtype(device, stored_dtype(main, model.transformer.name), opened)
     _check_room(device, opened, dtype)
-    parts: dict[str, Part] = {}
-    for name, (source, tensors, dims) in opened.items():
-        held = [file.identity for file, _ in source.parts if file.identity in source.mapped]
-        shipment = Shipment(source, tensors, device)
-        parts[name] = Part(getattr(model, name).name, dims, tensors, shipment, held)
-    del opened, source, tensors, encoder, main
-    dims = main_dims, encoder_dims, vae_dims
-    if "diffusers" not in sys.modules:  # else there is no time for it
-        awake = wake(device, dtype)
-        if awake and rehearsal:
-            submit(lambda: rehearsal.run(*dims, device, dtype))
+    parts = {name: _send(getattr(model, name).name, *found, device) for name, found in opened.items()}  # fmt: skip
+    del opened, encoder, main
+    time_enough = "diffusers" not in sys.modules  # importing it takes longer than the weights
+    if time_enough and wake(device, dtype) and rehearsal:
+        dims = main_dims, encoder_dims, vae_dims
+        submit(lambda: rehearsal.run(*dims, device, dtype))
     with contextlib.ExitStack() as ended, torch.inference_mode(False), torch.no_grad(), building():
         for part in parts.values():  # what is still in the queue when this fails or is interrupted
             ended.callback(part.shipment.cancel)
@@ -136,6 +131,8 @@ def load_pipeline(
         scheduler=scheduler, text_encoder=built[0], tokenizer=tokenizer, transformer=built[1], vae=built[2],
         is_distilled=bool(model.settings("", "model_index.json").get("is_distilled", True)),
     )  # fmt: skip
+    if not time_enough:
+        wake(device, dtype)
     transfers = [report for part in parts.values() for report in part.shipment.reports]
     seconds = time.perf_counter() - start
     return pipeline, LoadReport(
@@ -150,6 +147,14 @@ def _device(device: str | torch.device | None) -> torch.device:
             raise InputError("There is no NVIDIA GPU that torch can use.", "Use the CPU: --device cpu.")  # fmt: skip
         return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)  # fmt: skip
     return device
+
+
+def _send(
+    name: str, source: Any, tensors: dict[str, torch.Tensor], dims: Any, device: torch.device
+) -> Part:
+    """Let a part's weights leave."""
+    held = [file.identity for file, _ in source.parts if file.identity in source.mapped]
+    return Part(name, dims, tensors, Shipment(source, tensors, device), held)
 
 
 def _open(path: Path, read: Callable) -> tuple[Any, dict[str, torch.Tensor], Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import autoencoder, qwen3, step
+from . import autoencoder, qwen3
 from .architecture import (
     HEAD_DIM,
     LATENT_CHANNELS,
@@ -27,12 +27,12 @@ from .fused.matrix import Plain
 from .fused.runner import Runner, operations_for
 from .hardware import probe_hardware
 from .pixel_layers import Attention, Block, Conv, Matrix, Norm, fold
+from .step import AXES, TIME_WIDTH
+from .step_weights import SingleBlock, Stream, Weights
 
 MLP = 3  # width of a transformer's MLP in hidden sizes
-TXT_LEN, SIDE = (
-    512,
-    64,
-)  # tokens of a prompt, and latent positions along each side of the usual picture
+TXT_LEN = 512  # tokens of a prompt
+SIDE = 64  # latent positions along each side of the usual picture
 LAYERS = 2  # of the text encoder
 ROOM = 8 << 30  # bytes that must be free on the device
 log = logging.getLogger("ark")
@@ -109,16 +109,16 @@ def rehearse_step(
     def matrix(*shape: int):  # noqa: ANN202
         return runner.matrix(like, like.new_empty(shape))
 
-    def stream() -> step.Stream:
+    def stream() -> Stream:
         matrices = matrix(3 * hidden, hidden), matrix(hidden, hidden), matrix(2 * MLP * hidden, hidden), matrix(hidden, MLP * hidden)  # fmt: skip
-        return step.Stream(*matrices, like.new_empty(HEAD_DIM), like.new_empty(HEAD_DIM))
+        return Stream(*matrices, like.new_empty(HEAD_DIM), like.new_empty(HEAD_DIM))
 
     linear_in, linear_out = matrix((3 + 2 * MLP) * hidden, hidden), matrix(hidden, (1 + MLP) * hidden)  # fmt: skip
-    single = step.SingleBlock(linear_in, linear_out, like.new_empty(HEAD_DIM), like.new_empty(HEAD_DIM))  # fmt: skip
-    weights = step.Weights(
+    single = SingleBlock(linear_in, linear_out, like.new_empty(HEAD_DIM), like.new_empty(HEAD_DIM))  # fmt: skip
+    weights = Weights(
         plain(hidden, LATENT_CHANNELS),
         plain(hidden, context),
-        (plain(hidden, step.TIME_WIDTH), plain(hidden, hidden)),
+        (plain(hidden, TIME_WIDTH), plain(hidden, hidden)),
         plain(6 * hidden, hidden),
         plain(6 * hidden, hidden),
         plain(3 * hidden, hidden),
@@ -129,7 +129,7 @@ def rehearse_step(
         1e-6,
     )  # fmt: skip
     latents, embeds = like.new_zeros(1, SIDE**2, LATENT_CHANNELS), like.new_zeros(1, TXT_LEN, context)  # fmt: skip
-    ids = torch.zeros(TXT_LEN + SIDE**2, len(step.AXES), device=device)
+    ids = torch.zeros(TXT_LEN + SIDE**2, len(AXES), device=device)
     return runner.run(weights, latents, embeds, ids, like.new_ones(1), kernel)
 
 

@@ -13,7 +13,8 @@ import torch
 from ark.toolkit.fused import reference
 from ark.toolkit.fused.matrix import FP8, Fp8, Plain, quantise, to_fp8
 from ark.toolkit.fused.runner import Runner, Unknown, choose_engine, operations_for
-from ark.toolkit.step import Attend, SingleBlock, Stream, Weights, denoise, rotary_table
+from ark.toolkit.step import Attend, denoise, rotary_table
+from ark.toolkit.step_weights import SingleBlock, Stream, Weights
 
 KERNELS = "fused_kernels.py", "pixel_kernels.py"
 

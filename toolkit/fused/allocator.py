@@ -27,12 +27,8 @@ SECONDS = 120.0  # a cold disk, and kernels to compile
 NEEDED = 3 << 30  # bytes that must be free on the device for another process
 WAIT = "it is being tried whether cudaMallocAsync allows it"
 PASSING = "out of memory", "did not end"  # what may be otherwise the next time
-SOURCES = (
-    "graph.py",
-    "graph_attempt.py",
-    "launch.py",
-    "../gpu_thread.py",
-)  # what the answer depends on beside versions
+# what the answer depends on beside versions
+SOURCES = "graph.py", "graph_attempt.py", "launch.py", "../gpu_thread.py"
 log = logging.getLogger("ark")
 _lock = threading.Lock()
 _answers: dict[tuple[str, str], str | None] = {}  # why not, by cache folder and key

@@ -26,9 +26,8 @@ from .allocator import ASYNC, refusal
 
 SHAPES = 4  # recorded at most; each holds the memory of one step
 log = logging.getLogger("ark")
-recording = (
-    threading.Lock()
-)  # held meanwhile: under cudaMallocAsync no other thread may use the device then
+# held meanwhile: under cudaMallocAsync no other thread may use the device then
+recording = threading.Lock()
 Function = Callable[..., torch.Tensor]
 
 

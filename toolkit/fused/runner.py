@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..hardware import probe_hardware
 from ..kernels import KERNELS
 from ..kernels.op import attend_flat
+from ..step_weights import Weights
 from . import reference
 from .graph import Graphs
 from .matrix import FP8, Fp8, Joined, Matrix, Plain
@@ -71,7 +72,7 @@ class Runner:
 
     def run(
         self,
-        weights: step.Weights,
+        weights: Weights,
         latents: torch.Tensor,
         prompt_embeds: torch.Tensor,
         ids: torch.Tensor,

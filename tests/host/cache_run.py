@@ -36,7 +36,7 @@ PROMPT, KEPT = (
 )
 igniter.IN_MEMORY = 0  # map the small files, too, as large ones are
 ResidentPatcher.fast_devices = ("cuda", "cpu")  # and send them
-found = {"same": {}, "differs": {}, "sources": {}}
+found = {"same": {}, "off": {}, "differs": {}, "sources": {}}
 counts = {"loads": 0, "forwards": 0}
 load, forward = ResidentPatcher.load, comfy.text_encoders.llama.Llama2_.forward
 
@@ -71,7 +71,13 @@ def by_host(clip, tokens):
 
 
 def same(name, result, expected):
+    """A result that was kept is the same to the bit."""
     found["same"][name] = torch.equal(result[0][0].view(torch.int32), expected.view(torch.int32))
+
+
+def close(name, result, expected):
+    """Two computations on a CPU may round differently: once, on a busy machine, they did."""
+    found["off"][name] = difference(result[0][0], expected)
 
 
 def differs(name, result, expected):
@@ -88,7 +94,7 @@ def first_run():
     tokens = clip.tokenize(PROMPT)
     result = encode("new", clip, tokens)
     plain = result[0][0]
-    same("new", result, by_host(clip, tokens))
+    close("new", result, by_host(clip, tokens))
     again = encode("again", clip, PROMPT)
     same("again", again, plain)
     found["keys"] = [sorted(result[0][1]), sorted(again[0][1])]
@@ -105,11 +111,11 @@ def first_run():
 
     # what the host's syntax makes of a prompt is what counts
     word = encode("word", clip, PROMPT.replace("red", "(red:1.3)"))
-    same("word", word, by_host(clip, clip.tokenize(PROMPT.replace("red", "(red:1.3)"))))
+    close("word", word, by_host(clip, clip.tokenize(PROMPT.replace("red", "(red:1.3)"))))
     differs("word", word, plain)
     pairs = [(pair[0], 1.3 if at == 1 else 1.0) for at, pair in enumerate(tokens[ENCODER][0])]
     weighted = encode("weights", clip, {ENCODER: [pairs]})
-    same("weights", weighted, by_host(clip, {ENCODER: [pairs]}))
+    close("weights", weighted, by_host(clip, {ENCODER: [pairs]}))
     same("weights again", encode("weights again", clip, {ENCODER: [pairs]}), weighted[0][0])
     found["weights_finite"] = bool(weighted[0][0].isfinite().all())  # 0.3.75 makes NaN of them
     if found["weights_finite"]:
@@ -118,7 +124,7 @@ def first_run():
     for number in range(2):
         embedding = {ENCODER: [[(torch.randn(64), 1.0), *tokens[ENCODER][0]]]}
         name = f"embedding {number}"
-        same(name, encode(name, clip, embedding), by_host(clip, embedding))
+        close(name, encode(name, clip, embedding), by_host(clip, embedding))
     clip.embeddings.settle()
     found["saved"] = len(saved())
 
@@ -128,7 +134,7 @@ def first_run():
     lora = clip.clone()
     lora.add_patches({key: ("diff", (delta,))}, 1.0)
     patched = encode("lora", lora, PROMPT)
-    same("lora", patched, by_host(lora, tokens))
+    close("lora", patched, by_host(lora, tokens))
     differs("lora", patched, plain)
     same("lora again", encode("lora again", lora.clone(), PROMPT), patched[0][0])
     same("without lora", encode("without lora", clip, PROMPT), plain)
@@ -183,19 +189,19 @@ def second_run():
     found["loaded"] = clip.patcher in [known.model for known in comfy.model_management.current_loaded_models]  # fmt: skip
     same("in memory", encode("in memory", clip, PROMPT), plain)
     fresh = encode("fresh", clip, "a green square")
-    same("fresh", fresh, by_host(clip, clip.tokenize("a green square")))
+    close("fresh", fresh, by_host(clip, clip.tokenize("a green square")))
 
     for path in saved():
         path.write_bytes(path.read_bytes()[:-7])
     for name in ("damaged", "mended"):
         clip, _ = load_text_encoder(encoder_file)
-        same(name, encode(name, clip, PROMPT), plain)
+        close(name, encode(name, clip, PROMPT), plain)
         clip.embeddings.settle()
 
     os.utime(encoder_file, (1e9, 1e9))
     clip, _ = load_text_encoder(encoder_file)
     found["ahead_of_changed"] = len(clip.patcher.masters.opened.ahead)
-    same("changed file", encode("changed file", clip, PROMPT), plain)
+    close("changed file", encode("changed file", clip, PROMPT), plain)
 
 
 with torch.inference_mode():

@@ -6,12 +6,10 @@ whole link to itself, so that the first one is complete while the next is still 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent import futures
 from dataclasses import dataclass, field
 
@@ -22,14 +20,12 @@ from .igniter import OpenedModel
 from .layout import Layout, plan_layout
 from .paths import mmap_pin
 from .transfer import transfer
+from .turns import short_turns
 
 ROOM = 2.0  # times the weights must be free on the device: nothing is sent ahead where the host may have to make room
 SPARE = 4 << 30  # bytes besides, for activations
 PATIENCE = 60.0  # s until what nobody took is given up
 GLANCE = 0.1  # s between two looks at what is on its way
-TURN = (
-    0.00005  # s for which a thread of the interpreter goes on while others wait, during a transfer
-)
 _queue = futures.ThreadPoolExecutor(1, "ark-ahead")
 
 
@@ -74,24 +70,13 @@ def send(
 def _send(
     sending: Sending, file: ModelFile, device: torch.device, opened: weakref.ref[OpenedModel]
 ) -> dict[int, torch.Tensor]:
-    with torch.inference_mode(False), _short_turns():  # weights outlive the prompt
+    with torch.inference_mode(False), short_turns():  # weights outlive the prompt
         flat, report = transfer(file, sending.layout, device, sending.advance)
         if report.path != "mmap_pin":
             mmap_pin.pin_at_leisure(file, sending.layout, device, opened)
         if model := opened():
             model.hear(report)
         return sending.layout.views(flat)
-
-
-@contextlib.contextmanager
-def _short_turns() -> Iterator[None]:
-    """Let threads take turns more often: else those that send wait 5 ms for the one that builds modules, again and again."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(TURN)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
 
 
 def send_ahead(

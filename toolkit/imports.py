@@ -9,10 +9,11 @@ import importlib.metadata
 import sys
 from collections.abc import Iterator
 
-# What transformers and diffusers import if it is there, for models and losses that no Klein has.
-OPTIONAL = "scipy", "sklearn", "torchvision"
+from .turns import short_turns
+
+# What transformers and diffusers import if it is there, for models, losses and training that Klein has no use for.
+OPTIONAL = "accelerate", "peft", "scipy", "sklearn", "torchaudio", "torchvision"
 LOOKING = {"diffusers", "transformers"}
-SHORT = 1e-4  # s
 
 
 @contextlib.contextmanager
@@ -37,18 +38,15 @@ def building() -> Iterator[None]:
     """Import and build many objects that stay, while other threads bring the weights.
 
     To look for garbage among them takes as long as to make them. To find out which packages are installed, as both diffusers
-    and transformers do, takes half a second each time. And a thread that has something to send would wait 5 ms for the
-    interpreter.
+    and transformers do, takes half a second each time.
     """
     collects, own = gc.isenabled(), importlib.metadata.packages_distributions
-    interval = sys.getswitchinterval()
     gc.disable()
     importlib.metadata.packages_distributions = functools.cache(own)
-    sys.setswitchinterval(SHORT)
     try:
-        yield
+        with short_turns():
+            yield
     finally:
-        sys.setswitchinterval(interval)
         importlib.metadata.packages_distributions = own
         if collects:
             gc.enable()

@@ -11,6 +11,7 @@ from ark.toolkit import ahead
 from ark.toolkit.ahead import send_ahead, wait_for
 from ark.toolkit.errors import ModelFileError, TransferFailed
 from ark.toolkit.igniter import open_model
+from ark.toolkit.turns import TURN
 
 CPU = torch.device("cpu")
 
@@ -76,7 +77,7 @@ def test_threads_take_short_turns_only_while_something_travels(opened, monkeypat
     monkeypatch.setattr(ahead, "transfer", spy)
     send_ahead(opened, opened.tensors.values(), CPU)
     wait_for(ahead.take_ahead(opened, CPU).values())
-    assert during == [pytest.approx(ahead.TURN)]
+    assert during == [pytest.approx(TURN)]
     assert sys.getswitchinterval() == before
 
 

@@ -10,6 +10,8 @@ new_prompt_bf16, new_prompt_fp8, and with fp8 attention, where that runs: from a
 in memory, everything loaded and warm, against diffusers as it is, and against diffusers with compiled blocks and cuDNN's
 attention; one process, in turns. Install accelerate, without which diffusers loads slowly.
 
+The processes may keep their libraries' modules compiled, as everywhere but in some containers; a first turn does it.
+
 Needs a GPU, 80 GB of its memory, 17 GB of disk, and a tokenizer (`--tokenizer`, or where the script finds one). `--tiny` runs
 it with small random files, on a CPU too, to test the benchmark itself (then nothing is recorded).
 """
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -165,8 +168,9 @@ def child(args: argparse.Namespace) -> None:
 
 def run_process(args: argparse.Namespace, *command: str | Path, out: Path | None = None) -> tuple[float, dict]:  # fmt: skip
     """Seconds until a process ended, or until the file that it writes was there, and the JSON that it printed."""
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # fmt: skip
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True, env=environ)  # fmt: skip
     seconds = None
     while out is not None and seconds is None and process.poll() is None:
         if out.exists():

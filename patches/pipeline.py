@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from .pipeline_modules import Modules, Part
 from .tokenizer import load_tokenizer
 
 ROOM = 1.15  # times the weights must be free: a picture needs some memory, too
+_sender = ThreadPoolExecutor(1, "ark-send")
 log = logging.getLogger("ark")
 
 
@@ -105,16 +107,15 @@ def load_pipeline(
     )
     check_match(main_dims, encoder_dims, model.text_encoder.name)
     dtype = dtype or _choose_dtype(device, stored_dtype(main, model.transformer.name), opened)
-    _check_room(device, opened, dtype)
-    parts = {name: _send(getattr(model, name).name, *found, device) for name, found in opened.items()}  # fmt: skip
+    # in another thread, as what a process first asks of a GPU takes a while, and importing need not wait for it
+    sending = _sender.submit(_send, model, opened, device, dtype)
     del opened, encoder, main
     time_enough = "diffusers" not in sys.modules  # importing it takes longer than the weights
     if time_enough and wake(device, dtype) and rehearsal:
         dims = main_dims, encoder_dims, vae_dims
         submit(lambda: rehearsal.run(*dims, device, dtype))
     with contextlib.ExitStack() as ended, torch.inference_mode(False), torch.no_grad(), building():
-        for part in parts.values():  # what is still in the queue when this fails or is interrupted
-            ended.callback(part.shipment.cancel)
+        ended.callback(_cancel, sending)  # what is still in the queue when this fails
         imported = time.perf_counter()
         from diffusers import (  # as long as the weights take
             FlowMatchEulerDiscreteScheduler,
@@ -122,6 +123,7 @@ def load_pipeline(
         )
 
         importing = time.perf_counter() - imported
+        parts = sending.result()
         tokenizer = load_tokenizer(model.tokenizer)
         modules = Modules(model, parts, device, dtype, watch)
         built = [modules.text_encoder(), modules.transformer(), modules.vae()]
@@ -149,12 +151,21 @@ def _device(device: str | torch.device | None) -> torch.device:
     return device
 
 
-def _send(
-    name: str, source: Any, tensors: dict[str, torch.Tensor], dims: Any, device: torch.device
-) -> Part:
-    """Let a part's weights leave."""
-    held = [file.identity for file, _ in source.parts if file.identity in source.mapped]
-    return Part(name, dims, tensors, Shipment(source, tensors, device), held)
+def _send(model: ModelFiles, opened: dict, device: torch.device, dtype: torch.dtype) -> dict[str, Part]:  # fmt: skip
+    """Let the weights of all parts leave, if there is room for them."""
+    _check_room(device, opened, dtype)
+    parts = {}
+    for name, (source, tensors, dims) in opened.items():
+        held = [file.identity for file, _ in source.parts if file.identity in source.mapped]
+        shipment = Shipment(source, tensors, device)
+        parts[name] = Part(getattr(model, name).name, dims, tensors, shipment, held)
+    return parts
+
+
+def _cancel(sending: Future[dict[str, Part]]) -> None:
+    if sending.exception() is None:
+        for part in sending.result().values():
+            part.shipment.cancel()
 
 
 def _open(path: Path, read: Callable) -> tuple[Any, dict[str, torch.Tensor], Any]:

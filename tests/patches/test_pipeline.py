@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from ark.patches import pipeline as loading
 from ark.patches.diffusers import ignite
 from ark.patches.pipeline import load_pipeline
 from ark.patches.render import Renderer
@@ -15,6 +16,7 @@ from ark.toolkit.errors import ArkError, InputError, ModelFileError
 from ark.toolkit.jobs import Job
 from ark.toolkit.model_files import find_model
 from ark.toolkit.noise import klein_noise
+from ark.toolkit.shipment import Shipment
 
 diffusers = pytest.importorskip("diffusers", reason="loads diffusers' pipeline")
 try:
@@ -216,3 +218,21 @@ def test_what_cannot_be_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ArkError, match="tokenizer in .* cannot be read"):
         load_pipeline([tmp_path])
+
+
+def test_a_gpu_without_room_is_refused_before_anything_is_sent(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, 1 << 30))
+    check = loading._check_room
+    monkeypatch.setattr(loading, "_check_room", lambda device, *given: check(torch.device("cuda"), *given))  # fmt: skip
+    monkeypatch.setattr(loading, "Shipment", lambda *given: pytest.fail("it was sent"))
+    with pytest.raises(InputError, match=r"needs 0\.\d GB on the GPU, 0\.0 GB are free"):
+        load_pipeline()
+
+
+def test_what_is_on_its_way_is_given_up_when_loading_fails(monkeypatch):
+    given_up = []
+    monkeypatch.setattr(Shipment, "cancel", lambda self: given_up.append(self))
+    monkeypatch.setattr(loading, "load_tokenizer", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        load_pipeline()
+    assert len(given_up) == 3

@@ -39,11 +39,12 @@ class Renderer:
     """Makes pictures with one pipeline: the same noise, and the same precision between the steps, as ComfyUI.
 
     Args:
-        pipeline: a `Flux2KleinPipeline`, as `load_pipeline` makes it.
+        pipeline: a `Flux2KleinPipeline`, as `load_pipeline` makes it; its parts stay where they are now.
     """
 
     def __init__(self, pipeline: Any):
         self.pipeline, self.encode = pipeline, PromptEncoder(pipeline)
+        self._settled, self._dtype = _settled(pipeline), pipeline.transformer.dtype
 
     def __call__(
         self,
@@ -70,8 +71,8 @@ class Renderer:
             at_step()
 
             def sample_and_decode() -> tuple[torch.Tensor, torch.Tensor]:
-                with _full_precision_between_steps(pipeline.transformer):
-                    latents = _sample(pipeline, job, embeds, noise.result(), at_step)
+                with _full_precision_between_steps(pipeline.transformer, self._dtype):
+                    latents = _sample(self._settled, job, embeds, noise.result(), at_step)
                 watch.lap("steps")
                 at_step()
                 return latents, _decode(pipeline.vae, latents)
@@ -114,6 +115,18 @@ class Stopwatch:
         return found
 
 
+def _settled(pipeline: Any) -> Any:
+    """The same pipeline, all that it has included, but one that knows where it runs.
+
+    To find out, the library looks for hooks of offloading in all modules of all parts: several ms before a first step, longer
+    than a GPU needs to encode the prompt.
+    """
+    known = {"_execution_device": pipeline._execution_device}
+    seen: Any = object.__new__(type(type(pipeline).__name__, (type(pipeline),), known))
+    seen.__dict__ = vars(pipeline)
+    return seen
+
+
 def _sample(
     pipeline: Any, job: Job, embeds: torch.Tensor, noise: torch.Tensor, at_step: Callable[[], None]
 ) -> torch.Tensor:
@@ -148,7 +161,9 @@ def _decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 def _to_image(pixels: torch.Tensor) -> Any:
     from PIL import Image
 
-    return Image.fromarray(pixels.cpu().numpy())
+    if pixels.is_cuda:
+        pixels = torch.empty_like(pixels, device="cpu", pin_memory=True).copy_(pixels)
+    return Image.fromarray(pixels.numpy())  # a copy
 
 
 def _read_images(paths: Sequence[str]) -> list[Any]:
@@ -165,9 +180,8 @@ def _read_images(paths: Sequence[str]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _full_precision_between_steps(transformer: torch.nn.Module) -> Iterator[None]:
+def _full_precision_between_steps(transformer: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:  # fmt: skip
     """Keep the latents in fp32 while the transformer computes in its own dtype, as ComfyUI does."""
-    dtype = transformer.dtype
 
     def cast(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         names = ("hidden_states", "encoder_hidden_states")

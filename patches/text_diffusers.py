@@ -137,5 +137,6 @@ def tokens(tokenizer: Any, texts: Sequence[str], length: int, device: torch.devi
         )
         for text in texts
     ]  # fmt: skip
-    found = tokenizer(framed, return_tensors="pt", padding="max_length", truncation=True, max_length=length)  # fmt: skip
-    return found["input_ids"].to(device), found["attention_mask"].to(device)
+    found = tokenizer(framed, padding="max_length", truncation=True, max_length=length)
+    ids, mask = (torch.tensor(found[name], device=device) for name in ("input_ids", "attention_mask"))  # fmt: skip
+    return ids, mask

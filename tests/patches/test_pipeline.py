@@ -150,6 +150,13 @@ def test_a_job_is_the_pipelines_own_call(embedded):
     assert made.image == embedded.image_processor.postprocess(picture, output_type="pil")[0]
 
 
+def test_where_a_pipeline_runs_is_looked_for_once(embedded, monkeypatch):
+    renderer = Renderer(embedded)
+    monkeypatch.setattr(type(embedded), "_execution_device", property(lambda self: pytest.fail("asked again")))  # fmt: skip
+    assert renderer(Job("a red circle", 1, 64, 64, 1)).image.size == (64, 64)
+    assert type(embedded) is diffusers.Flux2KleinPipeline
+
+
 def test_references_change_the_picture_and_their_order_matters(embedded, tmp_path):
     for name, color in (("red.png", "red"), ("blue.png", "blue")):
         Image.new("RGB", (80, 64), color).save(tmp_path / name)

@@ -114,25 +114,17 @@ def load_pipeline(
     if time_enough and wake(device, dtype) and rehearsal:
         dims = main_dims, encoder_dims, vae_dims
         submit(lambda: rehearsal.run(*dims, device, dtype))
-    with contextlib.ExitStack() as ended, torch.inference_mode(False), torch.no_grad(), building():
+    with contextlib.ExitStack() as ended, torch.inference_mode(False), torch.no_grad(), building:
         ended.callback(_cancel, sending)  # what is still in the queue when this fails
         imported = time.perf_counter()
-        from diffusers import (  # as long as the weights take
-            FlowMatchEulerDiscreteScheduler,
-            Flux2KleinPipeline,
-        )
+        from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline  # noqa: F401 (as long as the weights take)
 
         importing = time.perf_counter() - imported
         parts = sending.result()
         tokenizer = load_tokenizer(model.tokenizer)
         modules = Modules(model, parts, device, dtype, watch)
         built = [modules.text_encoder(), modules.transformer(), modules.vae()]
-    settings = model.settings("scheduler", "scheduler_config.json")
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config({"use_dynamic_shifting": True, **settings})  # fmt: skip
-    pipeline = Flux2KleinPipeline(
-        scheduler=scheduler, text_encoder=built[0], tokenizer=tokenizer, transformer=built[1], vae=built[2],
-        is_distilled=bool(model.settings("", "model_index.json").get("is_distilled", True)),
-    )  # fmt: skip
+    pipeline = _assemble(model, tokenizer, *built)
     if not time_enough:
         wake(device, dtype)
     transfers = [report for part in parts.values() for report in part.shipment.reports]
@@ -140,6 +132,18 @@ def load_pipeline(
     return pipeline, LoadReport(
         model, modules.nbytes, seconds, importing, modules.waiting, transfers
     )
+
+
+def _assemble(model: ModelFiles, tokenizer: Any, text_encoder: Any, transformer: Any, vae: Any) -> Any:  # fmt: skip
+    """Diffusers' pipeline of these parts, with the settings of its folder, if there is one."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+
+    settings = {"use_dynamic_shifting": True, **model.settings("scheduler", "scheduler_config.json")}  # fmt: skip
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(settings), text_encoder=text_encoder,
+        tokenizer=tokenizer, transformer=transformer, vae=vae,
+        is_distilled=bool(model.settings("", "model_index.json").get("is_distilled", True)),
+    )  # fmt: skip
 
 
 def _device(device: str | torch.device | None) -> torch.device:

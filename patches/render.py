@@ -39,7 +39,7 @@ class Renderer:
     """Makes pictures with one pipeline: the same noise, and the same precision between the steps, as ComfyUI.
 
     Args:
-        pipeline: a `Flux2KleinPipeline`, as `load_pipeline` makes it; its parts stay where they are now.
+        pipeline: a `Flux2KleinPipeline`, as `load_pipeline` makes it; it keeps its dtype, and its way of offloading.
     """
 
     def __init__(self, pipeline: Any):
@@ -116,12 +116,18 @@ class Stopwatch:
 
 
 def _settled(pipeline: Any) -> Any:
-    """The same pipeline, all that it has included, but one that knows where it runs.
+    """The same pipeline, all that it has included, but one that takes it that it runs where its transformer lies.
 
     To find out, the library looks for hooks of offloading in all modules of all parts: 3.4 ms before each first step, in which
-    a fast GPU may have nothing to do.
+    a fast GPU may have nothing to do. Where it finds some, the pipeline itself is returned.
     """
-    known = {"_execution_device": pipeline._execution_device}
+
+    def lies(self: Any) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    if pipeline._execution_device != lies(pipeline):
+        return pipeline
+    known = {"_execution_device": property(lies)}
     seen: Any = object.__new__(type(type(pipeline).__name__, (type(pipeline),), known))
     seen.__dict__ = vars(pipeline)
     return seen

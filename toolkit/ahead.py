@@ -19,8 +19,8 @@ from .header import ModelFile, TensorEntry
 from .igniter import OpenedModel
 from .layout import Layout, plan_layout
 from .paths import mmap_pin
+from .shared import short_turns
 from .transfer import transfer
-from .turns import short_turns
 
 ROOM = 2.0  # times the weights must be free on the device: nothing is sent ahead where the host may have to make room
 SPARE = 4 << 30  # bytes besides, for activations
@@ -70,7 +70,7 @@ def send(
 def _send(
     sending: Sending, file: ModelFile, device: torch.device, opened: weakref.ref[OpenedModel]
 ) -> dict[int, torch.Tensor]:
-    with torch.inference_mode(False), short_turns():  # weights outlive the prompt
+    with torch.inference_mode(False), short_turns:  # weights outlive the prompt
         flat, report = transfer(file, sending.layout, device, sending.advance)
         if report.path != "mmap_pin":
             mmap_pin.pin_at_leisure(file, sending.layout, device, opened)

@@ -9,7 +9,7 @@ import importlib.metadata
 import sys
 from collections.abc import Iterator
 
-from .turns import short_turns
+from .shared import Shared, short_turns
 
 # What transformers and diffusers import if it is there, for models, losses and training that Klein has no use for.
 OPTIONAL = "accelerate", "peft", "scipy", "sklearn", "torchaudio", "torchvision"
@@ -33,20 +33,17 @@ def left_out(*packages: str) -> Iterator[None]:
                 del sys.modules[name]
 
 
-@contextlib.contextmanager
-def building() -> Iterator[None]:
-    """Import and build many objects that stay, while other threads bring the weights.
-
-    To look for garbage among them takes as long as to make them. To find out which packages are installed, as both diffusers
-    and transformers do, takes half a second each time.
-    """
-    collects, own = gc.isenabled(), importlib.metadata.packages_distributions
-    gc.disable()
+def _prepare(undo: contextlib.ExitStack) -> None:
+    undo.enter_context(short_turns)
+    own = importlib.metadata.packages_distributions
+    undo.callback(setattr, importlib.metadata, "packages_distributions", own)
     importlib.metadata.packages_distributions = functools.cache(own)
-    try:
-        with short_turns():
-            yield
-    finally:
-        importlib.metadata.packages_distributions = own
-        if collects:
-            gc.enable()
+    if gc.isenabled():
+        undo.callback(gc.enable)
+        gc.disable()
+
+
+# To import, and to build many objects that stay, while other threads bring the weights. To look for garbage among them takes
+# as long as to make them; to find out which packages are installed, as both diffusers and transformers do, half a second
+# each time.
+building = Shared(_prepare)

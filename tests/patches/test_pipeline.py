@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from ark.patches import pipeline as loading
 from ark.patches.diffusers import ignite
 from ark.patches.pipeline import load_pipeline
-from ark.patches.render import Renderer
+from ark.patches.render import Renderer, _settled
 from ark.toolkit.embedded import ASSETS, embedded_text_encoder
 from ark.toolkit.errors import ArkError, InputError, ModelFileError
 from ark.toolkit.jobs import Job
@@ -155,6 +155,12 @@ def test_where_a_pipeline_runs_is_looked_for_once(embedded, monkeypatch):
     monkeypatch.setattr(type(embedded), "_execution_device", property(lambda self: pytest.fail("asked again")))  # fmt: skip
     assert renderer(Job("a red circle", 1, 64, 64, 1)).image.size == (64, 64)
     assert type(embedded) is diffusers.Flux2KleinPipeline
+
+
+def test_a_pipeline_that_offloads_says_itself_where_it_runs(embedded, monkeypatch):
+    assert _settled(embedded) is not embedded
+    monkeypatch.setattr(type(embedded), "_execution_device", torch.device("meta"))
+    assert _settled(embedded) is embedded
 
 
 def test_references_change_the_picture_and_their_order_matters(embedded, tmp_path):

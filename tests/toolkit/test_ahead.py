@@ -11,7 +11,7 @@ from ark.toolkit import ahead
 from ark.toolkit.ahead import send_ahead, wait_for
 from ark.toolkit.errors import ModelFileError, TransferFailed
 from ark.toolkit.igniter import open_model
-from ark.toolkit.turns import TURN
+from ark.toolkit.shared import TURN
 
 CPU = torch.device("cpu")
 

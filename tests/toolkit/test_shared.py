@@ -1,11 +1,11 @@
-"""Short turns last as long as anybody wants them."""
+"""What several want lasts as long as any of them does."""
 
 import contextlib
 import sys
 
 import pytest
 
-from ark.toolkit.turns import TURN, short_turns
+from ark.toolkit.shared import TURN, short_turns
 
 
 @pytest.mark.parametrize("first_leaves_first", [True, False])
@@ -13,7 +13,7 @@ def test_until_the_last_one_leaves(first_leaves_first):
     before = sys.getswitchinterval()
     asked = [contextlib.ExitStack() for _ in range(2)]
     for stack in asked:
-        stack.enter_context(short_turns())
+        stack.enter_context(short_turns)
     one, other = asked if first_leaves_first else reversed(asked)
     one.close()
     assert sys.getswitchinterval() == pytest.approx(TURN)

@@ -71,13 +71,18 @@ def by_host(clip, tokens):
 
 
 def same(name, result, expected):
-    """A result that was kept is the same to the bit."""
     found["same"][name] = torch.equal(result[0][0].view(torch.int32), expected.view(torch.int32))
 
 
-def close(name, result, expected):
-    """Two computations on a CPU may round differently: once, on a busy machine, they did."""
-    found["off"][name] = difference(result[0][0], expected)
+def same_as_host(name, result, clip, tokens):
+    """To the bit, NaN too. Once, on a busy machine, the first run of a process rounded otherwise: then both are asked anew."""
+    found["off"][name] = difference(result[0][0], by_host(clip, tokens))
+    for _ in range(3):
+        same(name, result, by_host(clip, tokens))
+        if found["same"][name]:
+            break
+        kept, clip.embeddings = clip.embeddings, None
+        result, clip.embeddings = clip.encode_from_tokens_scheduled(tokens), kept
 
 
 def differs(name, result, expected):
@@ -94,7 +99,7 @@ def first_run():
     tokens = clip.tokenize(PROMPT)
     result = encode("new", clip, tokens)
     plain = result[0][0]
-    close("new", result, by_host(clip, tokens))
+    same_as_host("new", result, clip, tokens)
     again = encode("again", clip, PROMPT)
     same("again", again, plain)
     found["keys"] = [sorted(result[0][1]), sorted(again[0][1])]
@@ -111,11 +116,11 @@ def first_run():
 
     # what the host's syntax makes of a prompt is what counts
     word = encode("word", clip, PROMPT.replace("red", "(red:1.3)"))
-    close("word", word, by_host(clip, clip.tokenize(PROMPT.replace("red", "(red:1.3)"))))
+    same_as_host("word", word, clip, clip.tokenize(PROMPT.replace("red", "(red:1.3)")))
     differs("word", word, plain)
     pairs = [(pair[0], 1.3 if at == 1 else 1.0) for at, pair in enumerate(tokens[ENCODER][0])]
     weighted = encode("weights", clip, {ENCODER: [pairs]})
-    close("weights", weighted, by_host(clip, {ENCODER: [pairs]}))
+    same_as_host("weights", weighted, clip, {ENCODER: [pairs]})
     same("weights again", encode("weights again", clip, {ENCODER: [pairs]}), weighted[0][0])
     found["weights_finite"] = bool(weighted[0][0].isfinite().all())  # 0.3.75 makes NaN of them
     if found["weights_finite"]:
@@ -124,7 +129,7 @@ def first_run():
     for number in range(2):
         embedding = {ENCODER: [[(torch.randn(64), 1.0), *tokens[ENCODER][0]]]}
         name = f"embedding {number}"
-        close(name, encode(name, clip, embedding), by_host(clip, embedding))
+        same_as_host(name, encode(name, clip, embedding), clip, embedding)
     clip.embeddings.settle()
     found["saved"] = len(saved())
 
@@ -134,7 +139,7 @@ def first_run():
     lora = clip.clone()
     lora.add_patches({key: ("diff", (delta,))}, 1.0)
     patched = encode("lora", lora, PROMPT)
-    close("lora", patched, by_host(lora, tokens))
+    same_as_host("lora", patched, lora, tokens)
     differs("lora", patched, plain)
     same("lora again", encode("lora again", lora.clone(), PROMPT), patched[0][0])
     same("without lora", encode("without lora", clip, PROMPT), plain)
@@ -189,19 +194,20 @@ def second_run():
     found["loaded"] = clip.patcher in [known.model for known in comfy.model_management.current_loaded_models]  # fmt: skip
     same("in memory", encode("in memory", clip, PROMPT), plain)
     fresh = encode("fresh", clip, "a green square")
-    close("fresh", fresh, by_host(clip, clip.tokenize("a green square")))
+    same_as_host("fresh", fresh, clip, clip.tokenize("a green square"))
 
     for path in saved():
         path.write_bytes(path.read_bytes()[:-7])
     for name in ("damaged", "mended"):
         clip, _ = load_text_encoder(encoder_file)
-        close(name, encode(name, clip, PROMPT), plain)
+        result = encode(name, clip, PROMPT)
         clip.embeddings.settle()
+        same_as_host(name, result, clip, clip.tokenize(PROMPT))
 
     os.utime(encoder_file, (1e9, 1e9))
     clip, _ = load_text_encoder(encoder_file)
     found["ahead_of_changed"] = len(clip.patcher.masters.opened.ahead)
-    close("changed file", encode("changed file", clip, PROMPT), plain)
+    same_as_host("changed file", encode("changed file", clip, PROMPT), clip, clip.tokenize(PROMPT))
 
 
 with torch.inference_mode():

@@ -27,7 +27,7 @@ def runs(comfyui, run_in_host, tmp_path_factory) -> tuple[dict, dict]:
     return tuple(found)
 
 
-def test_every_result_is_the_hosts_and_what_was_kept_is_the_same_to_the_bit(runs):
+def test_every_result_is_the_hosts_bit_for_bit(runs):
     for found in runs:
         assert found["off"] and all(off < 1e-5 for off in found["off"].values()), found["off"]
         assert found["same"] and all(found["same"].values()), found["same"]

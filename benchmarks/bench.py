@@ -166,12 +166,14 @@ def sampling(path: Path, args: argparse.Namespace, left_out: dict[str, str]) -> 
     from ark.benchmarks.klein import floor, four_steps
     from ark.benchmarks.record import row
     from ark.patches.attention import set_attention
-    from ark.patches.fused import DIFFUSION_MODEL, KEY, set_fused
+    from ark.patches.fused import engine_on, set_fused
     from ark.patches.transformer import load_transformer
+    from ark.patches.warmup import choose_matrices
     from ark.toolkit.errors import InputError
 
     size, turns = TINY["size"] if args.tiny else SIZE, 3 if args.quick else 10
     model, dims = load_transformer(path)
+    choose_matrices(model, lambda: False)
     models = {"comfyui": model, "bf16": set_fused(set_attention(model, "auto")[0], "bf16")[0]}
     try:
         if not args.quick:  # a model of its own, as its weights leave the device
@@ -187,7 +189,7 @@ def sampling(path: Path, args: argparse.Namespace, left_out: dict[str, str]) -> 
     median = {name: statistics.median(values) for name, values in times.items()}
     rows = []
     for precision in [name for name in models if name != "comfyui"]:
-        engine = models[precision].get_wrappers(DIFFUSION_MODEL, KEY)[0].engine
+        engine = engine_on(models[precision])
         lowest = floor(engine, models[precision], size) if torch.cuda.is_available() else None
         rows.append(row(f"t2i_{size}_{precision}", median[precision], "ms", turns, {"comfyui": median["comfyui"]}, lowest, str(engine.runner)))  # fmt: skip
     return rows

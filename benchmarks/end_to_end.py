@@ -36,6 +36,7 @@ from ark.benchmarks.models import (
     write_random,
 )
 from ark.benchmarks.record import bar_chart, row, write_record
+from ark.toolkit.matrices import choose_algorithms, usual_shapes
 
 ARK = {
     "bf16": {"attention": "auto", "precision": "bf16"},
@@ -44,6 +45,7 @@ ARK = {
 }  # a server for each: in one, the weights would leave for each other in turns
 SERVERS = {**dict.fromkeys(ARK, ()), "comfyui_static": STATIC, "comfyui_dynamic": ()}
 FLAGS = ["--preview-method", "none"]  # the host's own default; a preview makes every step wait
+HIDDEN = 3072  # width of Klein 4B
 WARM = 4  # rounds that load, time kernels and record
 NEW_HERE = 25.0  # s after the first of them, in which Ark finds out whether it may record
 Graph = dict[str, dict]
@@ -131,6 +133,8 @@ def main() -> None:
             write_random(folder / FILES["diffusion_model"], transformer_shapes())
             write_random(folder / FILES["text_encoder"], text_encoder_shapes())
             write_random(folder / FILES["vae"], vae_shapes(), torch.float32)
+            # as each server would that idles, but they would do it at once
+            choose_algorithms(torch.device("cuda", 0), usual_shapes(HIDDEN))
         kinds = ("diffusion_models", "text_encoders", "vae")
         folders = {} if args.tiny else {kind: [folder] for kind in kinds}
         servers = {}

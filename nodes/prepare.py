@@ -19,7 +19,7 @@ from ..patches.fused import engine_of, set_fused
 from ..patches.text_encoder import klein_tokenizer, load_text_encoder
 from ..patches.transformer import load_transformer
 from ..patches.vae import load_vae
-from ..patches.warmup import warm_up_attention
+from ..patches.warmup import choose_matrices, warm_up_attention
 from ..toolkit.compile import read_ahead
 from ..toolkit.embedded import preferred
 from ..toolkit.rates import link_rate
@@ -41,7 +41,7 @@ def prepare_in_background() -> None:
 def prepare() -> None:
     """Open what the loader would offer first, which warms CUDA up for its dimensions, and build the tokenizer meanwhile.
 
-    What was compiled last is read, too, and the kernels of the fused engine are loaded if that is what a model gets.
+    What was compiled last is read, too, and if a model gets the fused engine, its matrices are measured and its kernels loaded.
     """
     try:
         device = comfy.model_management.get_torch_device()
@@ -59,6 +59,7 @@ def prepare() -> None:
         if not _busy():
             read_ahead()
         if not _busy() and engine_of(model, False, "bf16")[0] == "fused":
+            choose_matrices(model, _busy)
             set_fused(set_attention(model, "auto")[0])  # which has its kernels loaded
     except Exception as error:  # whoever loads a model meets it again, and says so
         log.debug("Ark could not prepare (%s).", error)

@@ -1,7 +1,8 @@
 """Tensors between a GPU and the host's memory, at the speed of the link, which takes pinned memory.
 
 It is borrowed: the host keeps results for as long as it likes, and to pin memory anew for each takes longer than to copy.
-What they lie in then is ready before they are (`toolkit/spare.py`).
+What they lie in then is ready before they are (`toolkit/spare.py`). What was brought either way is known on both sides for
+a while, so that the next node need not bring it again.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ import torch
 from comfy.cli_args import args
 
 from ..toolkit.spare import Spare
+from ..toolkit.twins import Twins
 
 MOST = 256 << 20  # bytes of pinned memory that one tensor may take
 log = logging.getLogger("ark")
 _spare = Spare()
+_twins = Twins()
 
 
-def deliver(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def deliver(tensor: torch.Tensor, device: torch.device, wanted_there: bool = False) -> torch.Tensor:
     """Bring a result to where the host wants it: from a GPU through pinned memory.
 
     Args:
-        tensor: of the result.
+        tensor: of the result; nobody writes to it any more.
         device: where to.
+        wanted_there: whether it is likely to be uploaded again.
     """
     if tensor.device.type != "cuda" or device.type != "cpu":
         return tensor.to(device)
@@ -33,6 +37,8 @@ def deliver(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     shape = tuple(tensor.shape)
     result = _spare.take(shape, tensor.dtype).copy_(there.copy_(tensor))
     _spare.prepare(shape, tensor.dtype)
+    if wanted_there:
+        _twins.remember(result, tensor.contiguous())
     return result
 
 
@@ -44,13 +50,18 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         device: where to.
 
     Returns:
-        The same, contiguous.
+        The same, contiguous; only to be read.
     """
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        if not (tensor.is_contiguous() and tensor.is_pinned()) and (there := pinned(tensor)) is not None:  # fmt: skip
-            tensor = there.copy_(tensor)
-        return tensor.to(device, non_blocking=True).contiguous()
-    return tensor.to(device).contiguous()
+    if tensor.device.type != "cpu" or device.type != "cuda":
+        return tensor.to(device).contiguous()
+    if (found := _twins.find(tensor, device)) is not None:
+        return found
+    source = tensor
+    if not (tensor.is_contiguous() and tensor.is_pinned()) and (there := pinned(tensor)) is not None:  # fmt: skip
+        source = there.copy_(tensor)
+    found = source.to(device, non_blocking=True).contiguous()
+    _twins.remember(tensor, found)
+    return found
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager:

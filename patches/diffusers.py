@@ -18,6 +18,7 @@ from ..toolkit.fused.runner import Runner
 from ..toolkit.hardware import probe_hardware
 from ..toolkit.kernels import KERNELS
 from ..toolkit.kernels.op import attend_flat
+from ..toolkit.matrices import choose_algorithms, usual_shapes
 from .fused_diffusers import attach_fused
 from .set_up import attach_set_up
 from .text_diffusers import attach_text_encoder
@@ -133,11 +134,13 @@ def ignite(
     set_on = Combustion(transformer)
     weight = next(transformer.parameters())
     hardware, kernel = probe_hardware(weight.device), None
+    heads = getattr(transformer.config, "num_attention_heads", USUAL_HEADS)
     if attention != "none":
-        heads = getattr(transformer.config, "num_attention_heads", USUAL_HEADS)
         shape = (1, heads, USUAL_TOKENS, HEAD_DIM)
         kernel, set_on.report = select_attention_kernel(attention, hardware, weight.device, shape, weight.dtype)  # fmt: skip
     if engine == "fused":
+        if precision == "bf16" and weight.dtype is torch.bfloat16:
+            choose_algorithms(weight.device, usual_shapes(heads * HEAD_DIM))
         set_on.runner, detach = attach_fused(transformer, precision, kernel.name if kernel else None)  # fmt: skip
         set_on._detach.append(detach)
         set_on.report += f"\nengine: fused, {precision}, {set_on.runner.how}."

@@ -111,7 +111,10 @@ class FastVAE(comfy.sd.VAE):
                     if (record := engine.record(way)) is None:
                         return None
                     work = functools.partial(getattr(engine, way), record, band=band)
-                    return self._pieces(given, count, lambda x, work=work: after(work(before(x))))
+                    encoded = way == "encode"  # a latent is read by a model next, a picture is not
+                    return self._pieces(
+                        given, count, lambda x, work=work: after(work(before(x))), encoded
+                    )
                 except torch.cuda.OutOfMemoryError as error:
                     reason = str(error).splitlines()[0]
             # what the exception held is free here
@@ -132,14 +135,16 @@ class FastVAE(comfy.sd.VAE):
                 yield 1, False
         yield 1, True
 
-    def _pieces(self, given: torch.Tensor, count: int, work: Callable) -> torch.Tensor:
-        """Some pictures at a time, each result copied once."""
+    def _pieces(
+        self, given: torch.Tensor, count: int, work: Callable, wanted_there: bool
+    ) -> torch.Tensor:
+        """Some pictures at a time, each result copied once; see `deliver`."""
         found = []
-        for part in given.split(count):
+        for part in given.split(count) if count < len(given) else (given,):
             with torch.inference_mode():
                 result = work(upload(part, self.device).float())
                 result = result.to(self._output_dtype())
-            found.append(deliver(result, self.output_device))
+            found.append(deliver(result, self.output_device, wanted_there))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _output_dtype(self) -> torch.dtype:

@@ -101,6 +101,12 @@ def engine_of(model: Any, compiled: bool, precision: str) -> tuple[str, str]:
     return choose_engine(torch.device(model.load_device))
 
 
+def engine_on(model: Any) -> Engine | None:
+    """The engine that a MODEL has, None if it has none."""
+    wrappers = model.get_wrappers(DIFFUSION_MODEL, KEY)
+    return wrappers[0].engine if wrappers else None
+
+
 def remove_fused(clone: Any) -> Any:
     """Undo `set_fused` on a clone."""
     clone.remove_wrappers_with_key(DIFFUSION_MODEL, KEY)
@@ -114,6 +120,9 @@ class Engine:
     Args:
         base: the host's BaseModel.
         runner: runs it.
+
+    Attributes:
+        form: what its last run was given, see `stay.py`.
     """
 
     def __init__(self, base: Any, runner: Runner):
@@ -121,8 +130,9 @@ class Engine:
         self.masters = getattr(base, "ark_masters", None)  # of models that Ark loaded
         if self.masters:
             self.masters.watchers.add(self)
+        self.form: Any = None
         self._patches: Any = None  # the host's name for the set of patches that the weights have
-        self._made: Weights | None = None  # the record whose originals left the device
+        self._made: Weights | None = None  # the record, of masters that say when it no longer holds
 
     def weights_changed(self) -> None:
         """Give up what was made of the weights: they lie elsewhere now, or are others."""
@@ -132,7 +142,7 @@ class Engine:
     def forward(self, flux: Any, picture: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the host's `forward_orig`, whose caller reads the first tokens only: as many as the picture has."""
         own = type(flux).forward_orig
-        given = dict(inspect.signature(own).bind(flux, *args, **kwargs).arguments)
+        given = dict(_signature(own).bind(flux, *args, **kwargs).arguments)
         given.pop("self")
         try:
             try:
@@ -211,7 +221,7 @@ class Engine:
         return self.runner.run(self.record(flux, img), img, txt, ids, timesteps, kernel, picture)
 
     def record(self, flux: Any, like: torch.Tensor) -> Weights:
-        """The weights; what fp8 copies were made of leaves the device, if Ark loaded the model.
+        """The weights; of a model that Ark loaded, until they move or change; what fp8 copies were made of leaves the device then.
 
         Args:
             flux: the host's module.
@@ -225,10 +235,13 @@ class Engine:
         self.bring_back()
         copies: dict[torch.nn.Module, Matrix] = {}
         weights = self.weights(flux, like, copies=copies)
-        if self.runner.precision == "fp8" and self.masters and not self.base.model_lowvram:
+        if not self.masters or self.base.model_lowvram:
+            return weights
+        if self.runner.precision == "fp8":
             names = [n for n, m in flux.named_modules() if m in copies and not hasattr(m.weight, "_qdata")]  # fmt: skip
             self.masters.release(self.base, [f"{DIFFUSION_MODEL}.{name}.weight" for name in names])
-            weights = self._made = self.weights(flux, like, copies=copies)  # the rest has moved
+            weights = self.weights(flux, like, copies=copies)  # the rest has moved
+        self._made = weights
         return weights
 
     def warm_up(self, kernel: str | None) -> None:
@@ -308,6 +321,11 @@ class Engine:
             of(flux.final_layer.linear),
             torch.finfo(torch.float32).eps if eps is None else eps,
         )
+
+
+@functools.lru_cache
+def _signature(forward: Any) -> inspect.Signature:
+    return inspect.signature(forward)
 
 
 def _quantised(weight: Any) -> tuple[torch.Tensor, torch.Tensor]:

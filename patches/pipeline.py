@@ -121,9 +121,10 @@ def load_pipeline(
 
         importing = time.perf_counter() - imported
         parts = sending.result()
-        tokenizer = load_tokenizer(model.tokenizer)
         modules = Modules(model, parts, device, dtype, watch)
         built = [modules.text_encoder(), modules.transformer(), modules.vae()]
+        # last, as it holds the interpreter for a third of a second, and the threads that bring the weights need it
+        tokenizer = load_tokenizer(model.tokenizer)
     pipeline = _assemble(model, tokenizer, *built)
     if not time_enough:
         wake(device, dtype)

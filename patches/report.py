@@ -63,10 +63,8 @@ def report_on(model: Any, size: tuple[int, int], compare: bool) -> Report:
         )
     else:
         lines.append("compile: off")
-    lines += [
-        f"engine: {wrapper.engine.runner}"
-        for wrapper in model.get_wrappers(fused.DIFFUSION_MODEL, fused.KEY)
-    ]
+    if engine := fused.engine_on(model):
+        lines.append(f"engine: {engine.runner}")
     lines += [f"{name}: {ms:.2f} ms a step at {size[0]}x{size[1]}" for name, ms in step_ms.items()]
     if compare:
         here, there = samples.values()

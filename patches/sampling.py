@@ -19,6 +19,7 @@ from .deliver import deliver, pinned, upload
 from .guard import KEY, SAMPLER_SAMPLE
 from .references import REFERENCES
 from .sampling_inputs import check_conditioning, check_latent, check_mask, check_model, check_sigmas
+from .stay import ready_again, stay
 
 SEEING_NOISE = "outer_sample", SAMPLER_SAMPLE  # of the host's WrappersMP
 _worker = ThreadPoolExecutor(1, "ark-noise")
@@ -71,6 +72,8 @@ def sample_klein(
     device = model.load_device
     noise, sampler = _noise(model, samples, seed, latent.get("batch_index"))
     guider = _guider(model, positive, negative, cfg)
+    if ready_again(model, noise.shape, guider.original_conds):
+        stay(guider)
     show = _show(model, len(sigmas) - 1, preview)
 
     def after_step(*step: Any) -> None:
@@ -91,7 +94,8 @@ def sample_klein(
     except torch.cuda.OutOfMemoryError as error:
         # of the same type, as the host then frees what it holds
         raise torch.cuda.OutOfMemoryError(_too_large(samples, positive)) from error
-    return {**latent, "samples": deliver(result, comfy.model_management.intermediate_device())}
+    device = comfy.model_management.intermediate_device()
+    return {**latent, "samples": deliver(result, device, wanted_there=True)}
 
 
 def _noise(model: Any, samples: torch.Tensor, seed: int, indices: Any) -> tuple[torch.Tensor, Any]:

@@ -41,9 +41,9 @@ def settings_of(model: Any) -> Settings:
     """Look at the host's ModelPatcher."""
     override = model.model_options.get("transformer_options", {}).get(guard.OVERRIDE)
     compiled = model.get_wrappers(compiling.APPLY_MODEL, compiling.KEY)
-    engines = model.get_wrappers(fused.DIFFUSION_MODEL, fused.KEY)
     guards = model.get_wrappers(guard.SAMPLER_SAMPLE, guard.KEY)
-    runner = engines[0].engine.runner if engines else None
+    engine = fused.engine_on(model)
+    runner = engine.runner if engine else None
     instead = sorted(runner.reasons) if runner else []
     if any(guarded.failed for guarded in guards):
         instead.append("a result was not finite")

@@ -187,14 +187,14 @@ def embed_tokens(encoder: Any, tokens: list[list], device: torch.device) -> tupl
         device: where to.
 
     Returns:
-        [B, seq_len, C] fp32, and the mask [B, seq_len].
+        [B, seq_len, C] fp32, and the mask [B, seq_len], which may lie on the CPU: who wants it there does not wait then.
     """
     if not all({*map(type, section)} == {int} and section[0] != PAD_TOKEN for section in tokens):
         return encoder.process_tokens(tokens, device)[:2]
-    lengths = [(*section, PAD_TOKEN).index(PAD_TOKEN) for section in tokens]
-    ids, ends = (torch.tensor(numbers, device=device) for numbers in (tokens, lengths))
+    ends = torch.tensor([(*section, PAD_TOKEN).index(PAD_TOKEN) for section in tokens])
+    ids = torch.tensor(tokens, device=device)
     embeds = encoder.transformer.get_input_embeddings()(ids, out_dtype=torch.float32)
-    present = torch.arange(ids.shape[1], device=device) < ends[:, None]
+    present = torch.arange(ids.shape[1]) < ends[:, None]
     return embeds, present.long()
 
 
@@ -215,8 +215,9 @@ def _qwen3_class(taps: tuple[int, ...]) -> type:
             """[B, seq_len, taps, C] fp32 and the mask [B, seq_len] by the engine; None if it has no layers."""
             if not layers:
                 return None
-            embeds, present = embed_tokens(self, tokens, layers[0].q.device)
-            return self.engine.run(layers, embeds, present, taps, record), present
+            device = layers[0].q.device
+            embeds, present = embed_tokens(self, tokens, device)
+            return self.engine.run(layers, embeds, present.to(device), taps, record), present
 
         def __init__(self, device="cpu", dtype=None, model_options=None, **_):
             super().__init__(
@@ -279,6 +280,6 @@ def _text_encoder_class(taps: tuple[int, ...] = TEXT_TAPS) -> type:
             conditioning = states.flatten(2).flatten(0, 1).unsqueeze(0)
             device = comfy.model_management.intermediate_device()
             mask = {"attention_mask": deliver(present.flatten()[None], device)}
-            return deliver(conditioning, device), None, mask
+            return deliver(conditioning, device, wanted_there=True), None, mask
 
     return KleinTextEncoder

@@ -18,7 +18,9 @@ TEXT_TAPS = (9, 18, 27)  # hidden states of Qwen3 that Klein reads, concatenated
 NEEDED_LAYERS = max(TEXT_TAPS)
 LATENT_CHANNELS = 128  # 32 channels of the VAE, packed 2x2
 SPATIAL_FACTOR = 16  # px of the picture a latent position
-USUAL_TOKENS = 4096 + 512  # of a picture of 1024x1024 and of a full prompt
+TXT_LEN = 512  # tokens of a prompt
+USUAL_TOKENS = 4096 + TXT_LEN  # of a picture of 1024x1024 and of its prompt
+MLP = 3  # width of a transformer's MLP in hidden sizes
 USUAL_HEADS = 24  # of Klein 4B
 
 

@@ -17,6 +17,8 @@ from . import autoencoder, qwen3
 from .architecture import (
     HEAD_DIM,
     LATENT_CHANNELS,
+    MLP,
+    TXT_LEN,
     USUAL_TOKENS,
     TextEncoderDims,
     TransformerDims,
@@ -30,8 +32,6 @@ from .pixel_layers import Attention, Block, Conv, Matrix, Norm, fold
 from .step import AXES, TIME_WIDTH
 from .step_weights import SingleBlock, Stream, Weights
 
-MLP = 3  # width of a transformer's MLP in hidden sizes
-TXT_LEN = 512  # tokens of a prompt
 SIDE = 64  # latent positions along each side of the usual picture
 LAYERS = 2  # of the text encoder
 ROOM = 8 << 30  # bytes that must be free on the device

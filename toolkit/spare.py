@@ -28,7 +28,8 @@ class Spare:
         """A tensor on the CPU with anything in it."""
         with self._lock:
             found = self._ready.pop((shape, dtype), None)
-        return torch.empty(shape, dtype=dtype) if found is None else found
+        with torch.inference_mode(False):
+            return torch.empty(shape, dtype=dtype) if found is None else found
 
     def prepare(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Have one ready for the next who asks, if it is large; what was asked for longest ago goes first."""

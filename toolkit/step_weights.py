@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -66,6 +67,7 @@ class Weights:
     final: Plain
     qk_eps: float
 
+    @functools.cached_property
     def addresses(self) -> tuple[int, ...]:
         """Where everything lies: the same while nothing was replaced."""
         blocks: list[Any] = [

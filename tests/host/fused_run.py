@@ -19,11 +19,12 @@ from tiny_klein import KLEIN, difference, with_lora, write_fp8  # noqa: E402
 
 from ark.patches import warmup  # noqa: E402
 from ark.patches.attention import set_attention  # noqa: E402
-from ark.patches.fused import DIFFUSION_MODEL, KEY, remove_fused, set_fused  # noqa: E402
+from ark.patches.fused import engine_on, remove_fused, set_fused  # noqa: E402
 from ark.patches.residency import ResidentPatcher  # noqa: E402
 from ark.patches.sampling import sample_klein  # noqa: E402
 from ark.patches.transformer import load_transformer  # noqa: E402
 from ark.toolkit import igniter  # noqa: E402
+from ark.toolkit.fused import graph  # noqa: E402
 from ark.toolkit.fused.matrix import Fp8  # noqa: E402
 from ark.toolkit.kernels import KERNELS, AttentionKernel  # noqa: E402
 
@@ -41,7 +42,7 @@ def sample(model, size=(4, 5), batch=1, txt_len=32, references=0):
 
 
 def engine_of(model):
-    return model.get_wrappers(DIFFUSION_MODEL, KEY)[0].engine.runner
+    return engine_on(model).runner
 
 
 with torch.inference_mode():
@@ -178,9 +179,9 @@ with torch.inference_mode():
         away[name] = [same, len(masters.released), len(own), flat]
 
     note("fp8", torch.equal(sample(low), first))
-    made = low.get_wrappers(DIFFUSION_MODEL, KEY)[0].engine._made
+    made = engine_on(low)._made
     note("fp8_again", torch.equal(sample(low), first))
-    found["made_once"] = made is low.get_wrappers(DIFFUSION_MODEL, KEY)[0].engine._made
+    found["made_once"] = made is engine_on(low)._made
     note("host", torch.equal(sample(sent), expected))
     note("fp8_after_host", torch.equal(sample(low), first))
     note("lora", torch.equal(sample(with_lora(low, 1.0, 0.05)), changed))
@@ -194,6 +195,41 @@ with torch.inference_mode():
     note("host_at_last", torch.equal(sample(sent), expected))
     found["no_forward_left"] = "forward_orig" not in vars(sent.model.diffusion_model)
     comfy.model_management.unload_all_models()
+
+    # a run whose memory is in a recording is not loaded again, and gives the same; any other is
+    again, _ = set_fused(sent)
+    how = {"usual": {}, "size": {"size": (7, 3)}, "reference": {"size": (7, 3), "references": 1}}
+    others = {name: sample(sent, **given) for name, given in how.items()}
+    changed_fully, lora = sample(with_lora(sent, 1.0, 0.05)), with_lora(again, 1.0, 0.05)
+    found["stayed_lora_matters"] = difference(changed_fully, expected)
+    loads, load = [], comfy.model_management.load_models_gpu
+
+    def counted(*args, **kwargs):
+        loads.append(1)
+        return load(*args, **kwargs)
+
+    comfy.model_management.load_models_gpu, graph.trim = counted, lambda: None  # which asks a GPU
+    stayed = found["stayed"] = []
+
+    def run(name, of=again):
+        loads.clear()
+        wanted = others[name] if of is again else changed_fully
+        stayed.append([difference(sample(of, **how[name]), wanted), len(loads)])
+
+    def record():
+        engine_on(again).runner.graphs._recorded["as if"] = None  # on a CPU nothing is
+
+    run("usual"), run("usual")
+    made = engine_on(again)._made
+    record()
+    for name in ("usual", "size", "size", "reference", "reference", "usual", "usual"):
+        run(name)
+    found["record_kept"] = made is not None and made is engine_on(again)._made
+    run("usual", lora), run("usual", lora), record(), run("usual", lora), run("usual")
+    record(), run("usual")
+    comfy.model_management.unload_all_models()
+    run("usual")
+    comfy.model_management.load_models_gpu = load
 
     # one block of each kind runs in the background, once for a kind of model
     warmup.DEVICES = ("cpu",)

@@ -14,7 +14,7 @@ def test_what_was_prepared_is_taken_once_and_can_be_written_anywhere():
     with torch.inference_mode():
         first, second = spare.take(*KIND), spare.take(*KIND)
     assert first.shape == second.shape == KIND[0] and first.dtype == second.dtype == KIND[1]
-    assert not first.any() and not first.is_inference() and second.is_inference()
+    assert not first.any() and not first.is_inference() and not second.is_inference()
     first.fill_(1.0)
     spare.prepare(*KIND)
     spare.settle()

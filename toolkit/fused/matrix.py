@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
+from .cublas import multiply
+
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 SMALLEST = 1e-12  # of a row's largest number, so that a row of zeros has a scale
+MANY = 3072  # rows from which on an algorithm was seen to be as good as at 4096
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,12 @@ class Plain:
     Attributes:
         weight: [out, in].
         quantises: whether it wants its input in fp8.
+        algorithm: of cuBLASLt, for inputs of many rows; torch's choice where it is empty (see `toolkit/matrices.py`).
     """
 
     weight: torch.Tensor
     quantises: bool = False
+    algorithm: bytes = b""
 
     @property
     def features(self) -> int:
@@ -79,10 +84,12 @@ class Plain:
 
     def part(self, start: int, stop: int) -> Plain:
         """What gives some of the outputs, by reference."""
-        return Plain(self.weight[start:stop])
+        return Plain(self.weight[start:stop], algorithm=self.algorithm)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[count, in] to [count, out]."""
+        if self.algorithm and len(x) >= MANY:
+            return multiply(self.algorithm, x, self.weight, out)
         return torch.mm(x, self.weight.t(), out=out)
 
 

@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..hardware import probe_hardware
 from ..kernels import KERNELS
 from ..kernels.op import attend_flat
+from ..matrices import known_algorithms
 from ..step_weights import Weights
 from . import reference
 from .graph import Graphs
@@ -63,6 +64,9 @@ class Runner:
         self.reasons: set[str] = set()
         self.operations, self.how = operations_for(device)
         self.graphs = Graphs(after=FIRST_PICTURE)
+        self._algorithms = known_algorithms(device) if precision == "bf16" else {}
+        if chosen := sum(map(bool, self._algorithms.values())):
+            self.how += f", {chosen} matrices by another algorithm of cuBLASLt than torch's, by measurement"  # fmt: skip
         self._made: dict[int, tuple[tuple[weakref.ref, ...], Any]] = {}  # by the first tensor's id
 
     def __str__(self) -> str:
@@ -101,7 +105,7 @@ class Runner:
             table = step.rotary_table(coordinates)
             return step.denoise(weights, x, embeds, times, table, attend, self.operations, wanted_len)  # fmt: skip
 
-        key = (weights.addresses(), kernel, wanted_len)
+        key = (weights.addresses, kernel, wanted_len)
         return self.graphs.run(key, work, latents, prompt_embeds, ids, timestep)
 
     def plain(self, weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -124,7 +128,10 @@ class Runner:
                 self._check(part, like)
             return self._keep(parts, lambda: Fp8.of(torch.cat([part.to(like.dtype) for part in parts]), self.operations.quantise))  # fmt: skip
         whole = tuple(self.plain(part, like) for part in parts)
-        return Joined(whole) if len(whole) > 1 else Plain(whole[0])
+        if len(whole) > 1:
+            return Joined(whole)
+        algorithm = self._algorithms.get(tuple(whole[0].shape), b"") if like.dtype == torch.bfloat16 else b""  # fmt: skip
+        return Plain(whole[0], algorithm=algorithm)
 
     def matrix_of_file(self, like: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> Fp8:
         """A block's matrix that is in fp8 already.

@@ -1,6 +1,7 @@
-"""While a picture is saved, the text of the prompt that is next in the queue is encoded: the GPU idles then.
+"""Texts are encoded before their prompt's turn comes, while the GPU idles.
 
-Only what needs no loading and no other node: a text of its own, encoded by the CLIP that an ArkFastLoader has given.
+That is while a picture is saved, for the prompt that is next in the queue, and while the host looks at a prompt that has just
+arrived. Only what needs no loading and no other node: a text of its own, encoded by the CLIP that an ArkFastLoader has given.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import json
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from ..patches import fast_vae
 from ..patches.cached_clip import CachedCLIP
+from ..toolkit.shared import short_turns
 from . import live
 
 LOADER, CLIP_OUTPUT = "ArkFastLoader", 1
@@ -25,9 +28,11 @@ _worker = ThreadPoolExecutor(1, "ark-next")
 
 
 def watch() -> None:
-    """Look at the queue whenever a picture has been decoded."""
+    """Look at the queue whenever a picture has been decoded, and at each prompt that arrives."""
     if look not in fast_vae.decoded:
         fast_vae.decoded.append(look)
+        if (server := live.server()) is not None:
+            server.add_on_prompt_handler(arrived)
 
 
 def remember(chosen: dict[str, str], clip: CachedCLIP) -> None:
@@ -51,7 +56,23 @@ def look() -> list[Future[bool]]:
     except Exception as error:  # a host that keeps its queue otherwise; the picture is there
         log.debug("Ark: the queue could not be read (%s).", error)
         return []
-    return [_worker.submit(_encode, clip, text) for clip, text in texts]
+    return [_worker.submit(_call, lambda c=clip, t=text: c.encode_ahead(t)()) for clip, text in texts]  # fmt: skip
+
+
+def arrived(request: Any) -> Any:
+    """Have the texts of a prompt encoded that the host has got, if nothing else runs or waits; returns what was given."""
+    try:
+        queue = live.server().prompt_queue
+        with queue.mutex:
+            busy = bool(queue.queue or queue.currently_running)
+        for clip, text in [] if busy else _texts(request["prompt"]):
+            rest = clip.encode_ahead(text)
+            # else who is about to run the prompt keeps the interpreter for longer than all of it takes
+            short_turns.__enter__()
+            _worker.submit(_call, rest).add_done_callback(lambda _: short_turns.__exit__())
+    except Exception as error:  # whatever was posted; the host will say what is wrong with it
+        log.debug("Ark: a prompt could not be read (%s).", error)
+    return request
 
 
 def _texts(prompt: dict[str, dict]) -> Iterator[tuple[CachedCLIP, str]]:
@@ -68,9 +89,9 @@ def _texts(prompt: dict[str, dict]) -> Iterator[tuple[CachedCLIP, str]]:
             yield clip, text
 
 
-def _encode(clip: CachedCLIP, text: str) -> bool:
+def _call(encode: Callable[[], bool]) -> bool:
     try:
-        return clip.encode_ahead(text)
+        return encode()
     except Exception as error:  # the prompt itself meets it again, and says so
         log.debug("Ark: a prompt could not be encoded ahead (%s).", error)
         return False

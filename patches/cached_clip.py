@@ -6,12 +6,13 @@ up anew each time, only in memory; with hooks, or anything else that other nodes
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
 import numbers
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,25 +100,32 @@ class CachedCLIP(comfy.sd.CLIP):
             return self.patcher
         return super().load_model(*args, **named)
 
-    def encode_ahead(self, text: str) -> bool:
-        """Encode a prompt that is going to be asked for, from another thread; returns whether it is known then.
+    def encode_ahead(self, text: str) -> Callable[[], bool]:
+        """Begin to encode a prompt that is going to be asked for: whoever asks from now on waits for the rest.
 
         That is so only while the weights lie on the device as this CLIP wants them: nothing is loaded for it.
+
+        Returns:
+            What does the rest, to be called in another thread; it says whether the prompt is known then.
         """
         model, tokens = self.cond_stage_model, self.tokenize(text)
         key, embeddings = self._key(tokens, True), self.embeddings
         if key is None or embeddings is None or self.patcher.patches or model.engine is None:
-            return False
-        if embeddings.recent(key) is not None or embeddings.saved(key) is not None:
-            return True
-        device = self.patcher.load_device
-        with (
-            embeddings.coming(key),
-            model.engine.lock,
-            recording,
-            current(device),
-            torch.inference_mode(),
-        ):
+            return lambda: False
+        if embeddings.recent(key) is not None:
+            return lambda: True
+        coming = contextlib.ExitStack()
+        coming.enter_context(embeddings.coming(key))
+
+        def rest() -> bool:
+            with coming:
+                return embeddings.saved(key) is not None or self._encode_now(key, tokens, embeddings)  # fmt: skip
+
+        return rest
+
+    def _encode_now(self, key: str, tokens: dict, embeddings: Embeddings) -> bool:
+        model, device = self.cond_stage_model, self.patcher.load_device
+        with model.engine.lock, recording, current(device), torch.inference_mode():
             # another CLIP's LoRA may lie on the same model
             if model.current_weight_patches_uuid != self.patcher.patches_uuid:
                 return False

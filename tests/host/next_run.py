@@ -26,7 +26,8 @@ text_engine.DEVICES = ("cpu",)
 CHOSEN = {"diffusion_model": "a", "text_encoder": "b", "vae": "c"}
 server = types.ModuleType("server")
 server.PromptServer = type("PromptServer", (), {})
-server.PromptServer.instance = types.SimpleNamespace(queue_updated=lambda: None)
+handlers = []
+server.PromptServer.instance = types.SimpleNamespace(queue_updated=lambda: None, add_on_prompt_handler=handlers.append)  # fmt: skip
 queue = server.PromptServer.instance.prompt_queue = execution.PromptQueue(server.PromptServer.instance)  # fmt: skip
 sys.modules["server"] = server
 found = {}
@@ -74,6 +75,29 @@ with torch.inference_mode():
     queue.queue.append("of another kind")
     found["strange"] = next_prompt.look()
     queue.wipe_queue()
+
+    # a prompt that arrives while nothing runs or waits
+    turn = sys.getswitchinterval()
+    for _ in range(2):
+        next_prompt.watch()
+    found["handlers"] = len(handlers)
+    request = {"prompt": prompt("a white square"), "client_id": "x"}
+    for where in (queue.queue, queue.currently_running):
+        holder = {0: 1} if isinstance(where, dict) else [1]
+        where.update(holder) if isinstance(where, dict) else where.extend(holder)
+        handlers[0](request)
+        where.clear()
+    next_prompt._worker.submit(int).result()
+    found["busy"] = encode(clip, "a white square")[0]
+    _, expected = encode(fresh, "a black square")
+    encode(clip, "loaded again")
+    request["prompt"] = prompt("a black square")
+    found["handed_on"] = handlers[0](request) is request
+    source, result = encode(clip, "a black square")
+    found["arrived"] = [source, torch.equal(result, expected)]
+    found["strange_requests"] = [handlers[0](x) is x for x in ({}, [], None, {"prompt": 1}, {"prompt": {"1": {}}}, {"prompt": {"1": {"class_type": "CLIPTextEncode"}}})]  # fmt: skip
+    next_prompt._worker.submit(int).result()
+    found["turns"] = sys.getswitchinterval() == turn
 
     # what cannot be known before its turn
     found["left"] = [

@@ -20,6 +20,12 @@ def test_it_is_known_when_its_turn_comes(found):
     assert found["waited"] == ["memory", True]
 
 
+def test_a_prompt_that_arrives_while_nothing_runs_is_begun(found):
+    assert found["handlers"] == 1 and found["handed_on"]
+    assert found["busy"] == "encoder" and found["arrived"] == ["memory", True]
+    assert found["strange_requests"] == [True] * 6 and found["turns"]
+
+
 def test_nothing_is_loaded_for_it(found):
     assert found["empty"] == []
     assert found["not_loaded"] == found["unloaded"] == [False]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import sys
 import weakref
 from typing import Any
@@ -24,6 +25,7 @@ MOST_WORKSPACE = 1
 MOST_KEPT = 256  # forms of matrices whose descriptions are kept
 Form = tuple[int, int, int]
 _Pointer = ctypes.c_void_p
+log = logging.getLogger("ark")
 
 
 class _Algorithm(ctypes.Structure):
@@ -119,14 +121,10 @@ class Product:
         self._lt("MatmulAlgoGetHeuristic", self._lt.handle(device), self._how, weight, x, out, out, wish, OFFERED, offers, ctypes.byref(count))  # fmt: skip
         return [bytes(offer.algorithm) for offer in offers[: count.value] if not offer.state]
 
-    def accepts(self, algorithm: bytes, device: torch.device) -> bool:
-        """Whether an algorithm that was offered for another shape can do this one."""
+    def check(self, algorithm: bytes, device: torch.device) -> None:
+        """Raise RuntimeError if an algorithm, which was offered for another shape, cannot do this one."""
         offer, weight, x, out = _Offer(), *self._forms
-        try:
-            self._lt("MatmulAlgoCheck", self._lt.handle(device), self._how, weight, x, out, out, _algorithm(algorithm), ctypes.byref(offer))  # fmt: skip
-        except RuntimeError:
-            return False
-        return not offer.workspace
+        self._lt("MatmulAlgoCheck", self._lt.handle(device), self._how, weight, x, out, out, _algorithm(algorithm), ctypes.byref(offer))  # fmt: skip
 
     def run(self, algorithm: bytes, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:  # fmt: skip
         """Multiply tensors of the shapes and strides given, on the current stream."""
@@ -177,7 +175,12 @@ def form_of(matrix: torch.Tensor) -> Form:
 
 @functools.lru_cache(maxsize=MOST_KEPT)
 def _product(algorithm: bytes, device: torch.device, *forms: Form) -> Product | None:
-    if not all(step for _, _, step in forms):
+    try:
+        if not all(step for _, _, step in forms):
+            raise RuntimeError("columns lie apart")
+        product = Product(*forms)
+        product.check(algorithm, device)
+        return product
+    except RuntimeError as error:
+        log.info("Ark matrices: torch multiplies %s by itself (%s).", forms, error)
         return None
-    product = Product(*forms)
-    return product if product.accepts(algorithm, device) else None

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 OFFERED = 8  # algorithms that are asked for
+WORKSPACE = 1 << 16  # bytes that one may take: enough to count tiles, not for parts of a result
 # of cublasLt.h: cudaDataType, cublasComputeType_t, cublasLtMatmulDescAttributes_t, cublasLtMatmulPreferenceAttributes_t
 BF16, FP32, COMPUTE_FP32 = 14, 0, 68
 TRANSPOSE_FIRST = 3
@@ -84,7 +85,7 @@ def library() -> _Library | str:
 
 
 class Product:
-    """`x @ weight.T` of matrices in bf16 that lie in one way, without workspace.
+    """`x @ weight.T` of matrices in bf16 that lie in one way.
 
     Args:
         x: rows (count), columns (K), and the step from one row to the next.
@@ -107,6 +108,7 @@ class Product:
         # the library counts by columns: to it each of these is transposed
         self._forms = [self._keep("MatrixLayout", BF16, ctypes.c_uint64(columns), ctypes.c_uint64(rows), ctypes.c_int64(step)) for rows, columns, step in (weight, x, out)]  # fmt: skip
         self._one, self._zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
+        self._workspace: dict[bytes, int] = {}  # bytes that algorithms need
 
     def _keep(self, kind: str, *given: Any) -> _Pointer:
         self._made.append((kind, self._lt.make(kind, *given)))
@@ -114,27 +116,39 @@ class Product:
 
     def offered(self, device: torch.device) -> list[bytes]:
         """Algorithms that the library thinks fit, by its own order; each as it may be kept for this version of it."""
-        wish, most = self._keep("MatmulPreference"), ctypes.c_uint64(0)
+        wish, most = self._keep("MatmulPreference"), ctypes.c_uint64(WORKSPACE)
         self._lt("MatmulPreferenceSetAttribute", wish, MOST_WORKSPACE, ctypes.byref(most), ctypes.sizeof(most))  # fmt: skip
         offers, count = (_Offer * OFFERED)(), ctypes.c_int()
         weight, x, out = self._forms
         self._lt("MatmulAlgoGetHeuristic", self._lt.handle(device), self._how, weight, x, out, out, wish, OFFERED, offers, ctypes.byref(count))  # fmt: skip
         return [bytes(offer.algorithm) for offer in offers[: count.value] if not offer.state]
 
-    def check(self, algorithm: bytes, device: torch.device) -> None:
-        """Raise RuntimeError if an algorithm, which was offered for another shape, cannot do this one."""
-        offer, weight, x, out = _Offer(), *self._forms
-        self._lt("MatmulAlgoCheck", self._lt.handle(device), self._how, weight, x, out, out, _algorithm(algorithm), ctypes.byref(offer))  # fmt: skip
+    def workspace(self, algorithm: bytes, device: torch.device) -> int:
+        """Bytes that an algorithm needs, which may have been offered for another shape.
+
+        Raises:
+            RuntimeError: it cannot do this one.
+        """
+        if algorithm not in self._workspace:
+            offer, weight, x, out = _Offer(), *self._forms
+            self._lt("MatmulAlgoCheck", self._lt.handle(device), self._how, weight, x, out, out, _algorithm(algorithm), ctypes.byref(offer))  # fmt: skip
+            if offer.workspace > WORKSPACE:
+                raise RuntimeError(f"it needs {offer.workspace} bytes of workspace")
+            self._workspace[algorithm] = offer.workspace
+        return self._workspace[algorithm]
 
     def run(self, algorithm: bytes, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:  # fmt: skip
         """Multiply tensors of the shapes and strides given, on the current stream."""
         form_weight, form_x, form_out = self._forms
+        # of this call alone: a scheduler of tiles counts there
+        space = torch.empty(self.workspace(algorithm, x.device), dtype=torch.uint8, device=x.device)
         stream = _Pointer(torch.cuda.current_stream(x.device).cuda_stream)
         result = _Pointer(out.data_ptr())
         self._lt(
             "Matmul", self._lt.handle(x.device), self._how, ctypes.byref(self._one),
             _Pointer(weight.data_ptr()), form_weight, _Pointer(x.data_ptr()), form_x, ctypes.byref(self._zero),
-            result, form_out, result, form_out, _algorithm(algorithm), None, ctypes.c_size_t(0), stream,
+            result, form_out, result, form_out, _algorithm(algorithm),
+            _Pointer(space.data_ptr()), ctypes.c_size_t(space.nbytes), stream,
         )  # fmt: skip
 
 
@@ -179,7 +193,7 @@ def _product(algorithm: bytes, device: torch.device, *forms: Form) -> Product | 
         if not all(step for _, _, step in forms):
             raise RuntimeError("columns lie apart")
         product = Product(*forms)
-        product.check(algorithm, device)
+        product.workspace(algorithm, device)
         return product
     except RuntimeError as error:
         log.info("Ark matrices: torch multiplies %s by itself (%s).", forms, error)

@@ -6,6 +6,7 @@ arrived. Only what needs no loading and no other node: a text of its own, encode
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import weakref
@@ -56,7 +57,7 @@ def look() -> list[Future[bool]]:
     except Exception as error:  # a host that keeps its queue otherwise; the picture is there
         log.debug("Ark: the queue could not be read (%s).", error)
         return []
-    return [_worker.submit(_call, lambda c=clip, t=text: c.encode_ahead(t)()) for clip, text in texts]  # fmt: skip
+    return [_worker.submit(_call, functools.partial(_encode, clip, text)) for clip, text in texts]
 
 
 def arrived(request: Any) -> Any:
@@ -87,6 +88,10 @@ def _texts(prompt: dict[str, dict]) -> Iterator[tuple[CachedCLIP, str]]:
         name = json.dumps(loader["inputs"], sort_keys=True, default=str)
         if (clip := _clips.get(name, lambda: None)()) is not None:
             yield clip, text
+
+
+def _encode(clip: CachedCLIP, text: str) -> bool:
+    return clip.encode_ahead(text)()
 
 
 def _call(encode: Callable[[], bool]) -> bool:

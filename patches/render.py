@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..toolkit.errors import InputError
 from ..toolkit.jobs import Job, check_images
@@ -78,7 +79,7 @@ class Renderer:
                 return latents, _decode(pipeline.vae, latents)
 
             latents, pixels = run(sample_and_decode)
-            image = _to_image(pixels)
+            image = _to_image(pixels, device)
             watch.lap("decode")
         return Rendered(image, latents, watch.seconds())
 
@@ -157,19 +158,26 @@ def _sample(
 
 
 def _decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """[H, W, 3] uint8, computed as the pipeline's own postprocessing does, but on the device."""
+    """[H, W, 4] uint8, computed as the pipeline's own postprocessing does, but on the device, and on its way to the CPU.
+
+    The fourth number of a pixel is nothing: so PIL keeps colours, and has only to copy them.
+    """
     own = "_decode" not in vars(vae)  # Ark's engine reads and gives fp32
     picture = vae.decode(latents.to(vae.dtype) if own else latents, return_dict=False)[0]
     pixels = (picture[0].float() * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
-    return pixels.permute(1, 2, 0).contiguous()
+    pixels = F.pad(pixels, (0, 0, 0, 0, 0, 1)).permute(1, 2, 0).contiguous()
+    if not pixels.is_cuda:
+        return pixels
+    return torch.empty_like(pixels, device="cpu", pin_memory=True).copy_(pixels, non_blocking=True)
 
 
-def _to_image(pixels: torch.Tensor) -> Any:
+def _to_image(pixels: torch.Tensor, device: torch.device) -> Any:
     from PIL import Image
 
-    if pixels.is_cuda:
-        pixels = torch.empty_like(pixels, device="cpu", pin_memory=True).copy_(pixels)
-    return Image.fromarray(pixels.numpy())  # a copy
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    height, width, _ = pixels.shape
+    return Image.frombytes("RGB", (width, height), pixels.numpy(), "raw", "RGBX")
 
 
 def _read_images(paths: Sequence[str]) -> list[Any]:

@@ -100,7 +100,8 @@ class Product:
         found = library()
         if isinstance(found, str):
             raise RuntimeError(found)
-        self._lt, self._made = found, []
+        self._lt = found
+        self._made: list[tuple[str, _Pointer]] = []
         weakref.finalize(self, _destroy, found, self._made).atexit = False
         self._how = self._keep("MatmulDesc", COMPUTE_FP32, FP32)
         transpose = ctypes.c_int32(1)

@@ -130,7 +130,8 @@ class Runner:
         whole = tuple(self.plain(part, like) for part in parts)
         if len(whole) > 1:
             return Joined(whole)
-        algorithm = self._algorithms.get(tuple(whole[0].shape), b"") if like.dtype == torch.bfloat16 else b""  # fmt: skip
+        outputs, inputs = whole[0].shape
+        algorithm = self._algorithms.get((outputs, inputs), b"") if like.dtype == torch.bfloat16 else b""  # fmt: skip
         return Plain(whole[0], algorithm=algorithm)
 
     def matrix_of_file(self, like: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> Fp8:

@@ -36,6 +36,7 @@ from ark.benchmarks.models import (
     write_random,
 )
 from ark.benchmarks.record import bar_chart, row, write_record
+from ark.toolkit.fused.runner import PRECISIONS
 from ark.toolkit.matrices import choose_algorithms, usual_shapes
 
 ARK = {
@@ -134,7 +135,8 @@ def main() -> None:
             write_random(folder / FILES["text_encoder"], text_encoder_shapes())
             write_random(folder / FILES["vae"], vae_shapes(), torch.float32)
             # as each server would that idles, but they would do it at once
-            choose_algorithms(torch.device("cuda", 0), usual_shapes(HIDDEN))
+            for precision in PRECISIONS:
+                choose_algorithms(torch.device("cuda", 0), usual_shapes(HIDDEN), precision)
         kinds = ("diffusion_models", "text_encoders", "vae")
         folders = {} if args.tiny else {kind: [folder] for kind in kinds}
         servers = {}

@@ -14,7 +14,7 @@ from ..toolkit.architecture import HEAD_DIM, USUAL_HEADS, USUAL_TOKENS
 from ..toolkit.combustion import select_attention_kernel
 from ..toolkit.compile import MODES, Compiler, any_length, compiler, describe
 from ..toolkit.errors import InputError
-from ..toolkit.fused.runner import Runner
+from ..toolkit.fused.runner import PRECISIONS, Runner
 from ..toolkit.hardware import probe_hardware
 from ..toolkit.kernels import KERNELS
 from ..toolkit.kernels.op import attend_flat
@@ -139,8 +139,8 @@ def ignite(
         shape = (1, heads, USUAL_TOKENS, HEAD_DIM)
         kernel, set_on.report = select_attention_kernel(attention, hardware, weight.device, shape, weight.dtype)  # fmt: skip
     if engine == "fused":
-        if precision == "bf16" and weight.dtype is torch.bfloat16:
-            choose_algorithms(weight.device, usual_shapes(heads * HEAD_DIM))
+        if precision in PRECISIONS and weight.dtype is torch.bfloat16:
+            choose_algorithms(weight.device, usual_shapes(heads * HEAD_DIM), precision)
         set_on.runner, detach = attach_fused(transformer, precision, kernel.name if kernel else None)  # fmt: skip
         set_on._detach.append(detach)
         set_on.report += f"\nengine: fused, {precision}, {set_on.runner.how}."

@@ -16,6 +16,7 @@ import torch
 
 from ..toolkit import gpu_thread
 from ..toolkit.combustion import select_attention_kernel
+from ..toolkit.fused.runner import PRECISIONS
 from ..toolkit.hardware import probe_hardware
 from ..toolkit.matrices import choose_algorithms, usual_shapes
 from .attention import usual_attention
@@ -70,7 +71,8 @@ def choose_matrices(model: Any, busy: Callable[[], bool]) -> None:
     """Measure which algorithms multiply by a MODEL's matrices, once a card; see `toolkit/matrices.py`."""
     flux, dtype = model.model.diffusion_model, usual_attention(model.model)[1]
     if model.load_device.type in DEVICES and dtype is torch.bfloat16:
-        choose_algorithms(model.load_device, usual_shapes(flux.hidden_size), busy)
+        for precision in PRECISIONS:
+            choose_algorithms(model.load_device, usual_shapes(flux.hidden_size), precision, busy)
 
 
 def _run_once(part: str, device: torch.device, run: Callable[[], object]) -> None:

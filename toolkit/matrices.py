@@ -5,23 +5,30 @@ Only what gives torch's own numbers bit for bit is considered, so a choice chang
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from .ahead import settle
 from .architecture import MLP, TXT_LEN, USUAL_TOKENS
 from .fused.cublas import Product, form_of, library
+from .fused.matrix import Fp8, Plain, quantise
 from .hardware import Hardware, probe_hardware
 from .notebook import recall, remember
 
 BOOK = "matrices"
 HEAT = 0.15  # s of work before anything is timed: a card slows down when it has reached its power limit
 SLICE, TURNS = 0.015, 4  # s that one algorithm works at a time, and how often
+FINALISTS = 4  # that are looked at so closely
 WORTH = 0.98  # of torch's time, at most
+# compute capability that has the precision, in fp8 with a scale a row
+FIRST = {"bf16": (8, 0), "fp8": (9, 0)}
 Shape = tuple[int, int, int]  # rows of the input, outputs, inputs
 log = logging.getLogger("ark")
 
@@ -38,9 +45,9 @@ def usual_shapes(hidden: int) -> list[Shape]:
     return [(img_len, *form) for form in double] + [(USUAL_TOKENS, *form) for form in single]
 
 
-def known_algorithms(device: torch.device) -> dict[tuple[int, int], bytes]:
+def known_algorithms(device: torch.device, precision: str) -> dict[tuple[int, int], bytes]:
     """What `choose_algorithms` remembers, by outputs and inputs: an algorithm, empty where torch's choice is as good."""
-    if (key := _key(probe_hardware(device))) is None:
+    if (key := _key(probe_hardware(device), precision)) is None:
         return {}
     try:
         return {(shape[0], shape[1]): bytes.fromhex(algorithm) for shape, algorithm in recall(BOOK, key)}  # fmt: skip
@@ -48,57 +55,75 @@ def known_algorithms(device: torch.device) -> dict[tuple[int, int], bytes]:
         return {}
 
 
-def choose_algorithms(device: torch.device, shapes: list[Shape], busy: Callable[[], bool] = lambda: False) -> int:  # fmt: skip
-    """Time the algorithms that cuBLASLt offers against torch's choice, and remember the best; a third of a second a shape.
+def choose_algorithms(
+    device: torch.device, shapes: list[Shape], precision: str, busy: Callable[[], bool] = lambda: False
+) -> int:  # fmt: skip
+    """Time the algorithms that cuBLASLt offers against torch's choice, and remember the best; half a second a shape.
 
     Args:
         device: that does nothing else meanwhile; nothing is done but on NVIDIA GPUs.
-        shapes: of bf16 products, see `usual_shapes`; what is known is not timed again.
+        shapes: of products, see `usual_shapes`; what is known is not timed again.
+        precision: of the inputs, "bf16", or "fp8" with a scale a row; results are bf16.
         busy: whether the device is wanted for something else; the rest is then left for the next time.
 
     Returns:
         How many shapes were timed.
     """
-    if (key := _key(probe_hardware(device))) is None:
+    if (key := _key(probe_hardware(device), precision)) is None:
         return 0
-    known = known_algorithms(device)
+    known = known_algorithms(device, precision)
     missing = [shape for shape in shapes if shape[1:] not in known]
     settle()
     with torch.cuda.device(device), torch.inference_mode():
         for done, shape in enumerate(missing):
             if busy():
                 return done
-            known[shape[1:]] = _fastest(device, shape)
+            try:
+                known[shape[1:]] = _fastest(device, shape, precision)
+            except (
+                RuntimeError
+            ) as error:  # out of memory, too: torch's choice runs, until it is tried again
+                log.warning("Ark matrices: %s in %s could not be timed (%s).", shape, precision, str(error).splitlines()[0])  # fmt: skip
+                return done
             remember(BOOK, key, [[form, algorithm.hex()] for form, algorithm in known.items()])
     return len(missing)
 
 
-def _fastest(device: torch.device, shape: Shape) -> bytes:
+def _fastest(device: torch.device, shape: Shape, precision: str) -> bytes:
     """The best algorithm for one shape, empty if that is torch's choice, or hardly faster."""
     count, outputs, inputs = shape
     generator = torch.Generator(device).manual_seed(0)
     x, weight = (torch.randn(rows, inputs, generator=generator, device=device).bfloat16() for rows in (count, outputs))  # fmt: skip
-    out, expected = x.new_empty(count, outputs), torch.mm(x, weight.t())
-    product = Product(*map(form_of, (x, weight, out)))
-
-    def runs(algorithm: bytes) -> Callable[[], None]:
-        return lambda: product.run(algorithm, x, weight, out)
-
-    ways: dict[bytes, Callable[[], object]] = {b"": lambda: torch.mm(x, weight.t(), out=out)}
-    for algorithm in product.offered(device):
+    out, fp8 = x.new_empty(count, outputs), precision == "fp8"
+    given: Any = quantise(x) if fp8 else x
+    matrix = Fp8.of(weight, quantise) if fp8 else Plain(weight)
+    data = given.data if fp8 else x
+    product = Product(*map(form_of, (data, matrix.weight, out)), fp8=fp8)
+    offered = product.offered(device)
+    offered += product.variants(offered[0], device) if fp8 and offered else []
+    ways: dict[bytes, Callable[[], object]] = {b"": lambda: matrix(given, out)}
+    expected = matrix(given)
+    for algorithm in offered:
         out.zero_()
-        product.run(algorithm, x, weight, out)
-        if torch.equal(out, expected):
-            ways[algorithm] = runs(algorithm)
+        by_it = dataclasses.replace(matrix, algorithm=algorithm)
+        if torch.equal(by_it(given, out), expected):
+            ways[algorithm] = functools.partial(by_it, given, out)
     once = _time(ways[b""], HEAT)
+    first = _in_turns(ways, SLICE / 2, 2, once)
+    best = {b"", *sorted(first, key=lambda algorithm: first[algorithm])[:FINALISTS]}
+    times = _in_turns({algorithm: ways[algorithm] for algorithm in best}, SLICE, TURNS, once)
+    chosen = min(times, key=lambda algorithm: times[algorithm])
+    log.info("Ark matrices %s in %s: %.0f us, torch's choice %.0f us.", shape, precision, 1e6 * times[chosen], 1e6 * times[b""])  # fmt: skip
+    return chosen if times[chosen] < WORTH * times[b""] else b""
+
+
+def _in_turns(ways: dict[bytes, Callable[[], object]], seconds: float, turns: int, once: float) -> dict[bytes, float]:  # fmt: skip
+    """Median time of each, s, in turns, there and back: what disturbs one disturbs all."""
     times: dict[bytes, list[float]] = {algorithm: [] for algorithm in ways}
-    for turn in range(TURNS):  # in turns, there and back: what disturbs one disturbs all
+    for turn in range(turns):
         for algorithm in list(ways)[:: 1 if turn % 2 == 0 else -1]:
-            times[algorithm].append(_time(ways[algorithm], SLICE, once))
-    medians = {algorithm: statistics.median(found) for algorithm, found in times.items()}
-    best = min(medians, key=lambda algorithm: medians[algorithm])
-    log.info("Ark matrices %s: %.0f us, torch's choice %.0f us.", shape, 1e6 * medians[best], 1e6 * medians[b""])  # fmt: skip
-    return best if medians[best] < WORTH * medians[b""] else b""
+            times[algorithm].append(_time(ways[algorithm], seconds, once))
+    return {algorithm: statistics.median(found) for algorithm, found in times.items()}
 
 
 def _time(work: Callable[[], object], seconds: float, once: float | None = None) -> float:
@@ -118,9 +143,9 @@ def _time(work: Callable[[], object], seconds: float, once: float | None = None)
     return begin.elapsed_time(end) / 1e3 / count
 
 
-def _key(hardware: Hardware) -> str | None:
+def _key(hardware: Hardware, precision: str) -> str | None:
     """None where there is nothing to choose from."""
     found = library()
-    if hardware.compute_capability == (0, 0) or isinstance(found, str):
+    if hardware.compute_capability < FIRST[precision] or isinstance(found, str):
         return None
-    return f"{hardware.name}, torch {torch.__version__}, cuBLASLt {found.version}"
+    return f"{hardware.name}, torch {torch.__version__}, cuBLASLt {found.version}, {precision}"

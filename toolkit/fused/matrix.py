@@ -88,8 +88,9 @@ class Plain:
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[count, in] to [count, out]."""
-        if self.algorithm and len(x) >= MANY:
-            return multiply(self.algorithm, x, self.weight, out)
+        chosen = self.algorithm if len(x) >= MANY else b""
+        if chosen and (found := multiply(chosen, x, self.weight, out)) is not None:
+            return found
         return torch.mm(x, self.weight.t(), out=out)
 
 
@@ -128,18 +129,20 @@ class Fp8:
         scale: [1, out] fp32.
         dtype: of the output.
         quantises: whether it wants its input in fp8.
+        algorithm: see `Plain`.
     """
 
     weight: torch.Tensor
     scale: torch.Tensor
     dtype: torch.dtype
     quantises: bool = True
+    algorithm: bytes = b""
 
     @classmethod
-    def of(cls, weight: torch.Tensor, quantise: Callable[[torch.Tensor], Quantised]) -> Fp8:
+    def of(cls, weight: torch.Tensor, quantise: Callable[[torch.Tensor], Quantised], algorithm: bytes = b"") -> Fp8:  # fmt: skip
         """Quantise a matrix [out, in], by a function as `quantise`."""
         rows = quantise(weight)
-        return cls(rows.data, rows.scale.t().contiguous(), weight.dtype)
+        return cls(rows.data, rows.scale.t().contiguous(), weight.dtype, algorithm=algorithm)
 
     @property
     def features(self) -> int:
@@ -148,13 +151,16 @@ class Fp8:
 
     def part(self, start: int, stop: int) -> Fp8:
         """What gives some of the outputs, by reference."""
-        return Fp8(self.weight[start:stop], self.scale[:, start:stop], self.dtype)
+        return Fp8(self.weight[start:stop], self.scale[:, start:stop], self.dtype, algorithm=self.algorithm)  # fmt: skip
 
     def __call__(self, x: Quantised, out: torch.Tensor | None = None) -> torch.Tensor:
         """[count, in] to [count, out]."""
         if x.data.device.type == "cpu":  # has no such kernel
             result = (x.wide() @ (self.weight.float() * self.scale.t()).t()).to(self.dtype)
             return result if out is None else out.copy_(result)
+        chosen = self.algorithm if len(x.data) >= MANY else b""
+        if chosen and (found := multiply(chosen, x.data, self.weight, out, (x.scale, self.scale))) is not None:  # fmt: skip
+            return found
         return torch._scaled_mm(
             x.data, self.weight.t(), x.scale, self.scale, out_dtype=self.dtype, use_fast_accum=True, out=out
         )  # fmt: skip

@@ -64,7 +64,7 @@ class Runner:
         self.reasons: set[str] = set()
         self.operations, self.how = operations_for(device)
         self.graphs = Graphs(after=FIRST_PICTURE)
-        self._algorithms = known_algorithms(device) if precision == "bf16" else {}
+        self._algorithms = known_algorithms(device, precision)
         if chosen := sum(map(bool, self._algorithms.values())):
             self.how += f", {chosen} matrices by another algorithm of cuBLASLt than torch's, by measurement"  # fmt: skip
         self._made: dict[int, tuple[tuple[weakref.ref, ...], Any]] = {}  # by the first tensor's id
@@ -126,13 +126,16 @@ class Runner:
         if self.precision == "fp8":
             for part in parts:
                 self._check(part, like)
-            return self._keep(parts, lambda: Fp8.of(torch.cat([part.to(like.dtype) for part in parts]), self.operations.quantise))  # fmt: skip
+
+            def made() -> Fp8:
+                whole = torch.cat([part.to(like.dtype) for part in parts])
+                return Fp8.of(whole, self.operations.quantise, self._algorithm(whole, like))
+
+            return self._keep(parts, made)
         whole = tuple(self.plain(part, like) for part in parts)
         if len(whole) > 1:
             return Joined(whole)
-        outputs, inputs = whole[0].shape
-        algorithm = self._algorithms.get((outputs, inputs), b"") if like.dtype == torch.bfloat16 else b""  # fmt: skip
-        return Plain(whole[0], algorithm=algorithm)
+        return Plain(whole[0], algorithm=self._algorithm(whole[0], like))
 
     def matrix_of_file(self, like: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> Fp8:
         """A block's matrix that is in fp8 already.
@@ -150,7 +153,12 @@ class Runner:
         if data.device != like.device:
             raise Unknown(f"weights are on {data.device}")
         scales = self._keep((scale,), lambda: scale.float().reshape(1, 1).expand(1, len(data)).contiguous())  # fmt: skip
-        return Fp8(data, scales, like.dtype)
+        return Fp8(data, scales, like.dtype, algorithm=self._algorithm(data, like))
+
+    def _algorithm(self, weight: torch.Tensor, like: torch.Tensor) -> bytes:
+        """What is known to multiply by a matrix the fastest, see `toolkit/matrices.py`."""
+        outputs, inputs = weight.shape
+        return self._algorithms.get((outputs, inputs), b"") if like.dtype == torch.bfloat16 else b""
 
     def _check(self, weight: torch.Tensor, like: torch.Tensor) -> None:
         if like.dtype not in COMPUTED:

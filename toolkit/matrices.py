@@ -108,7 +108,7 @@ def _fastest(device: torch.device, shape: Shape, precision: str) -> bytes:
         by_it = dataclasses.replace(matrix, algorithm=algorithm)
         if torch.equal(by_it(given, out), expected):
             ways[algorithm] = functools.partial(by_it, given, out)
-    once = _time(ways[b""], HEAT)
+    once = seconds_of(ways[b""], HEAT)
     first = _in_turns(ways, SLICE / 2, 2, once)
     best = {b"", *sorted(first, key=lambda algorithm: first[algorithm])[:FINALISTS]}
     times = _in_turns({algorithm: ways[algorithm] for algorithm in best}, SLICE, TURNS, once)
@@ -122,11 +122,11 @@ def _in_turns(ways: dict[bytes, Callable[[], object]], seconds: float, turns: in
     times: dict[bytes, list[float]] = {algorithm: [] for algorithm in ways}
     for turn in range(turns):
         for algorithm in list(ways)[:: 1 if turn % 2 == 0 else -1]:
-            times[algorithm].append(_time(ways[algorithm], seconds, once))
+            times[algorithm].append(seconds_of(ways[algorithm], seconds, once))
     return {algorithm: statistics.median(found) for algorithm, found in times.items()}
 
 
-def _time(work: Callable[[], object], seconds: float, once: float | None = None) -> float:
+def seconds_of(work: Callable[[], object], seconds: float, once: float | None = None) -> float:
     """Seconds that one call takes on the device, of as many as fill a time."""
     if once is None:
         start = time.perf_counter()

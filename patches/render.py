@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..toolkit.clock import Pace
 from ..toolkit.errors import InputError
 from ..toolkit.jobs import Job, check_images
 from ..toolkit.noise import klein_noise
@@ -137,7 +138,10 @@ def _settled(pipeline: Any) -> Any:
 def _sample(
     pipeline: Any, job: Job, embeds: torch.Tensor, noise: torch.Tensor, at_step: Callable[[], None]
 ) -> torch.Tensor:
+    pace = Pace(embeds.device)
+
     def step_ended(pipeline: Any, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        pace.step()
         at_step()
         return tensors
 

@@ -14,6 +14,7 @@ import latent_preview
 import torch
 
 from ..toolkit.architecture import SPATIAL_FACTOR
+from ..toolkit.clock import Pace
 from ..toolkit.schedule import klein_sigmas
 from .deliver import deliver, pinned, upload
 from .guard import KEY, SAMPLER_SAMPLE
@@ -74,10 +75,11 @@ def sample_klein(
     guider = _guider(model, positive, negative, cfg)
     if ready_again(model, noise.shape, guider.original_conds):
         stay(guider)
-    show = _show(model, len(sigmas) - 1, preview)
+    show, pace = _show(model, len(sigmas) - 1, preview), Pace(device)
 
     def after_step(*step: Any) -> None:
         watch(*step)
+        pace.step()
         show(*step)
 
     try:
@@ -122,9 +124,25 @@ def _noise(model: Any, samples: torch.Tensor, seed: int, indices: Any) -> tuple[
 
 
 def _draw(samples: torch.Tensor, seed: int, indices: Any) -> torch.Tensor:
+    """The host's noise, in pinned memory where there is some.
+
+    The usual case without the host: to set the seeds of all devices takes it a good part of the time.
+    """
+    there = pinned(samples) if torch.cuda.is_available() else None
+    own = comfy.sample.prepare_noise.__module__ == comfy.sample.__name__  # nobody has replaced it
+    if indices is None and samples.dtype is torch.float32 and own:
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(samples.shape, generator=generator, dtype=torch.float32, out=there)
+        _worker.submit(_seed, seed, generator)
+        return noise
     noise = comfy.sample.prepare_noise(samples, seed, indices)
-    there = pinned(noise) if torch.cuda.is_available() else None
     return noise if there is None else there.copy_(noise)
+
+
+def _seed(seed: int, generator: torch.Generator) -> None:
+    """Leave torch's own generators as the host does."""
+    torch.manual_seed(seed)
+    torch.set_rng_state(generator.get_state())
 
 
 def _show(model: Any, steps: int, preview: bool) -> Callable[..., None]:

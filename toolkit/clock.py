@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import Any
 
 import torch
 
@@ -40,6 +41,29 @@ class StepClock:
             return 1e3 * statistics.median(after - before for before, after in pairs)
         self._marks[-1].synchronize()
         return statistics.median(before.elapsed_time(after) for before, after in pairs)
+
+
+class Pace:
+    """Keeps whoever asks for steps one step ahead of the device, and no more.
+
+    Asking takes a fraction of a step: without it all of them are asked for at once, and an interrupt comes when it is too late.
+
+    Args:
+        device: that the steps run on.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = torch.device(device)
+        self._before: Any = None  # the end of the step before
+
+    def step(self) -> None:
+        """A step has been asked for: wait until the one before it has ended."""
+        if self._device.type != "cuda":
+            return
+        before, self._before = self._before, torch.cuda.Event(blocking=True)
+        self._before.record(torch.cuda.current_stream(self._device))
+        if before is not None:
+            before.synchronize()
 
 
 def step_flop(hidden_size: int, blocks: int, tokens: int) -> int:

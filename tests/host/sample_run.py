@@ -32,6 +32,7 @@ sys.path.append(str(pack_parent))
 from ark.nodes.references import ArkReferenceImages  # noqa: E402
 from ark.nodes.sample import ArkSampler4Step  # noqa: E402
 from ark.nodes.schedule import ArkScheduler  # noqa: E402
+from ark.patches import sampling  # noqa: E402
 from ark.patches.text_encoder import load_text_encoder  # noqa: E402
 from ark.patches.transformer import load_transformer  # noqa: E402
 from ark.patches.vae import load_vae  # noqa: E402
@@ -283,6 +284,23 @@ with torch.inference_mode():
     plain, again = (ArkSampler4Step.execute(m, chained, empty(64, 64), SEED, 1, 1.0)[0] for m in (ours, watched))  # fmt: skip
     expected = torch.randn(seen[0].shape, generator=torch.Generator().manual_seed(SEED))
     results["noise that another node sees"] = [torch.equal(seen[0], expected), torch.equal(plain["samples"], again["samples"])]  # fmt: skip
+
+    # what draws numbers after a run finds the generators as the host leaves them
+    def drawn_after(run):
+        torch.manual_seed(0)
+        result = run()
+        sampling._worker.submit(int).result()
+        return result, torch.rand(3)
+
+    latent = empty(64, 64)["samples"]
+    noise, after = drawn_after(lambda: comfy.sample.prepare_noise(latent, SEED))
+    _, ours_after = drawn_after(lambda: ArkSampler4Step.execute(ours, chained, empty(64, 64), SEED, 1, 1.0))  # fmt: skip
+    results["numbers drawn after it"] = torch.equal(after, ours_after)
+    own, asked = comfy.sample.prepare_noise, []
+    comfy.sample.prepare_noise = lambda *given: asked.append(given) or own(*given)
+    replaced = ArkSampler4Step.execute(ours, chained, empty(64, 64), SEED, 1, 1.0)[0]["samples"]
+    comfy.sample.prepare_noise = own
+    results["noise by another pack"] = [len(asked), torch.equal(replaced, plain["samples"])]
 
     def full(executor, *arguments, **options):
         raise torch.cuda.OutOfMemoryError("as a card would say it")

@@ -70,6 +70,14 @@ def test_who_looks_at_the_noise_sees_it(found):
     assert found["noise that another node sees"] == [True, True]
 
 
+def test_the_generators_are_left_as_the_host_does(found):
+    assert found["numbers drawn after it"]
+
+
+def test_another_packs_noise_is_taken(found):
+    assert found["noise by another pack"] == [1, True]
+
+
 def test_latents_equal_those_of_the_hosts_own_transformer(found):
     errors = {
         case: entry["error"]

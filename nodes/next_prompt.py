@@ -67,10 +67,10 @@ def arrived(request: Any) -> Any:
         with queue.mutex:
             busy = bool(queue.queue or queue.currently_running)
         for clip, text in [] if busy else _texts(request["prompt"]):
-            rest = clip.encode_ahead(text)
+            coming = _worker.submit(_call, clip.encode_ahead(text))
             # else who is about to run the prompt keeps the interpreter for longer than all of it takes
             short_turns.__enter__()
-            _worker.submit(_call, rest).add_done_callback(lambda _: short_turns.__exit__())
+            coming.add_done_callback(lambda _: short_turns.__exit__())
     except Exception as error:  # whatever was posted; the host will say what is wrong with it
         log.debug("Ark: a prompt could not be read (%s).", error)
     return request

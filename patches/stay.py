@@ -40,7 +40,8 @@ def ready_again(model: Any, shape: Sequence[int], conds: dict[str, list[dict]]) 
         return False
     form = tuple(shape), *(_shapes(cond.get(name)) for cond in given for name in ("cross_attn", REFERENCES))  # fmt: skip
     before, engine.form = engine.form, form
-    return before == form and engine.runner.graphs.recorded > 0 and model.is_loaded()
+    runner = engine.runner  # with a reason the host's own forward may run, which needs more memory
+    return before == form and runner.graphs.recorded > 0 and not runner.reasons and model.is_loaded()  # fmt: skip
 
 
 def stay(guider: Any) -> None:

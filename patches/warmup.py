@@ -68,11 +68,13 @@ def warm_up_attention(model: Any, busy: Callable[[], bool]) -> None:
 
 
 def choose_matrices(model: Any, busy: Callable[[], bool]) -> None:
-    """Measure which algorithms multiply by a MODEL's matrices, once a card; see `toolkit/matrices.py`."""
-    flux, dtype = model.model.diffusion_model, usual_attention(model.model)[1]
-    if model.load_device.type in DEVICES and dtype is torch.bfloat16:
-        for precision in PRECISIONS:
-            choose_algorithms(model.load_device, usual_shapes(flux.hidden_size), precision, busy)
+    """Measure which algorithms multiply by a MODEL's matrices, once a card, unless memory is short; see `toolkit/matrices.py`."""
+    device, dtype = model.load_device, usual_attention(model.model)[1]
+    if device.type != "cuda" or dtype is not torch.bfloat16 or torch.cuda.mem_get_info(device)[0] < ROOM:  # fmt: skip
+        return
+    for precision in PRECISIONS:
+        shapes = usual_shapes(model.model.diffusion_model.hidden_size)
+        choose_algorithms(device, shapes, precision, busy)
 
 
 def _run_once(part: str, device: torch.device, run: Callable[[], object]) -> None:

@@ -73,6 +73,8 @@ def choose_algorithms(
         return 0
     known = known_algorithms(device, precision)
     missing = [shape for shape in shapes if shape[1:] not in known]
+    if missing:
+        log.info("Ark matrices: products in %s are timed, once for this card.", precision)
     settle()
     with torch.cuda.device(device), torch.inference_mode():
         for done, shape in enumerate(missing):

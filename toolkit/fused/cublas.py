@@ -1,7 +1,7 @@
 """Matrix products by a chosen algorithm of cuBLASLt, the library behind torch's own: torch takes the first one it is offered.
 
-What it is offered differs in more than speed on a cool card: one that is held back by its power limit does as much as its
-watts allow, and there the tiles that move fewer bytes are the faster ones (`toolkit/matrices.py` measures that).
+Which one is the fastest depends on what the card is doing: one that is held back by its power limit does as much as its watts
+allow, and there others are than on a cool card (`toolkit/matrices.py` measures that).
 
 Source: the C interface of cuBLASLt, cublasLt.h of CUDA 12 and 13.
 """

@@ -110,19 +110,17 @@ def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict], str]:
     from ark.toolkit.kernels import KERNELS
 
     model, width = load_klein(folder, args.tiny)
-    attention, report = set_attention(model, "auto")
-    print(report)
+    print(set_attention(model, "auto")[1])
     choose_matrices(model, lambda: False)  # as a server does that has nothing to do
-    # a model of its own for fp8, as its weights leave the device, and would come back at each turn
-    models = {
-        "comfyui": model,
-        "bf16": set_fused(attention, "bf16")[0],
-        "fp8": set_fused(set_attention(load_klein(folder, args.tiny)[0], "auto")[0], "fp8")[0],
-    }
+
+    def fused(precision: str, kernel: str = "auto"):  # noqa: ANN202
+        """On a model of its own: as in a server, none is set up anew for another one's turn."""
+        return set_fused(set_attention(load_klein(folder, args.tiny)[0], kernel)[0], precision)[0]
+
+    models = {"comfyui": model, "bf16": fused("bf16"), "fp8": fused("fp8")}
     device = torch.device(model.load_device)
     if KERNELS[FP8_ATTENTION].unavailable(probe_hardware(device)) is None:
-        another = set_attention(load_klein(folder, args.tiny)[0], FP8_ATTENTION)[0]
-        models["fp8_attention"] = set_fused(another, "fp8")[0]
+        models["fp8_attention"] = fused("fp8", FP8_ATTENTION)
     engines = {name: engine_on(m) for name, m in models.items() if name != "comfyui"}
     rows: list[dict] = []
 

@@ -23,7 +23,8 @@ def test_the_graph_in_a_picture_makes_the_same_picture_in_comfyui(comfyui, serve
 
     monkeypatch.setenv("COMFYUI_PATH", str(comfyui))
     files = find_model()
-    pipeline, _ = load_pipeline(files)  # where the server runs, too: on a GPU if there is one, in bf16
+    # where the server runs, too: on a GPU if there is one, in bf16
+    pipeline, _ = load_pipeline(files)
     pipeline.set_progress_bar_config(disable=True)
     images = []
     for number in range(references):

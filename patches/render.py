@@ -80,7 +80,7 @@ class Renderer:
                 return latents, _decode(pipeline.vae, latents)
 
             latents, pixels = run(sample_and_decode)
-            image = _to_image(pixels, device)
+            image = _to_image(pixels)
             watch.lap("decode")
         return Rendered(image, latents, watch.seconds())
 
@@ -162,24 +162,21 @@ def _sample(
 
 
 def _decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """[H, W, 4] uint8, computed as the pipeline's own postprocessing does, but on the device, and on its way to the CPU.
+    """[H, W, 4] uint8, computed as the pipeline's own postprocessing does, but on the device.
 
     The fourth number of a pixel is nothing: so PIL keeps colours, and has only to copy them.
     """
     own = "_decode" not in vars(vae)  # Ark's engine reads and gives fp32
     picture = vae.decode(latents.to(vae.dtype) if own else latents, return_dict=False)[0]
     pixels = (picture[0].float() * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
-    pixels = F.pad(pixels, (0, 0, 0, 0, 0, 1)).permute(1, 2, 0).contiguous()
-    if not pixels.is_cuda:
-        return pixels
-    return torch.empty_like(pixels, device="cpu", pin_memory=True).copy_(pixels, non_blocking=True)
+    return F.pad(pixels, (0, 0, 0, 0, 0, 1)).permute(1, 2, 0).contiguous()
 
 
-def _to_image(pixels: torch.Tensor, device: torch.device) -> Any:
+def _to_image(pixels: torch.Tensor) -> Any:
     from PIL import Image
 
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+    if pixels.is_cuda:
+        pixels = torch.empty_like(pixels, device="cpu", pin_memory=True).copy_(pixels)
     height, width, _ = pixels.shape
     return Image.frombytes("RGB", (width, height), pixels.numpy(), "raw", "RGBX")
 

@@ -73,7 +73,7 @@ def sample_klein(
     device = model.load_device
     noise, sampler = _noise(model, samples, seed, latent.get("batch_index"))
     guider = _guider(model, positive, negative, cfg)
-    if ready_again(model, noise.shape, guider.original_conds):
+    if ready_again(model, noise.shape, guider):
         stay(guider)
     show, pace = _show(model, len(sigmas) - 1, preview), Pace(device)
 

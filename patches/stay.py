@@ -22,23 +22,23 @@ KEY = "ark_stay"
 KNOWN = {"model_conds", "uuid", "cross_attn", "pooled_output", "attention_mask", REFERENCES}
 
 
-def ready_again(model: Any, shape: Sequence[int], conds: dict[str, list[dict]]) -> bool:
+def ready_again(model: Any, shape: Sequence[int], guider: Any) -> bool:
     """Whether a run needs nothing that is not there; a run that is not is expected to make it so, for the next one.
 
     Args:
         model: the host's ModelPatcher.
         shape: of the noise.
-        conds: the host's, by name; whatever they have beside text and references may need models of its own.
+        guider: the host's; whatever its conditionings have beside text and references may need models of its own.
     """
     engine = engine_on(model)
     if engine is None or not isinstance(model, ResidentPatcher):
         return False
     if model.model_patches_models() or model.get_nested_additional_models():
         return False
-    given = [cond for found in conds.values() for cond in found]
+    given = [cond for found in guider.original_conds.values() for cond in found]
     if any(cond.keys() - KNOWN for cond in given):
         return False
-    form = tuple(shape), *(_shapes(cond.get(name)) for cond in given for name in ("cross_attn", REFERENCES))  # fmt: skip
+    form = guider.cfg, tuple(shape), *(_shapes(cond.get(name)) for cond in given for name in ("cross_attn", REFERENCES))  # fmt: skip
     before, engine.form = engine.form, form
     runner = engine.runner  # with a reason the host's own forward may run, which needs more memory
     return before == form and runner.graphs.recorded > 0 and not runner.reasons and model.is_loaded()  # fmt: skip

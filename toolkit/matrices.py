@@ -17,7 +17,7 @@ import torch
 
 from .ahead import settle
 from .architecture import MLP, TXT_LEN, USUAL_TOKENS
-from .fused.cublas import Product, form_of, library
+from .fused.cublas import LENGTH, Product, form_of, library, multiply
 from .fused.matrix import Fp8, Plain, quantise
 from .hardware import Hardware, probe_hardware
 from .notebook import recall, remember
@@ -50,9 +50,10 @@ def known_algorithms(device: torch.device, precision: str) -> dict[tuple[int, in
     if (key := _key(probe_hardware(device), precision)) is None:
         return {}
     try:
-        return {(shape[0], shape[1]): bytes.fromhex(algorithm) for shape, algorithm in recall(BOOK, key)}  # fmt: skip
+        found = {(shape[0], shape[1]): bytes.fromhex(algorithm) for shape, algorithm in recall(BOOK, key)}  # fmt: skip
     except (TypeError, ValueError, LookupError):  # none yet, or not ours
         return {}
+    return {shape: algorithm for shape, algorithm in found.items() if len(algorithm) in (0, LENGTH)}
 
 
 def choose_algorithms(
@@ -73,8 +74,9 @@ def choose_algorithms(
         return 0
     known = known_algorithms(device, precision)
     missing = [shape for shape in shapes if shape[1:] not in known]
-    if missing:
-        log.info("Ark matrices: products in %s are timed, once for this card.", precision)
+    if not missing:
+        return 0
+    log.info("Ark matrices: products in %s are timed, once for this card.", precision)
     settle()
     with torch.cuda.device(device), torch.inference_mode():
         for done, shape in enumerate(missing):
@@ -82,9 +84,8 @@ def choose_algorithms(
                 return done
             try:
                 known[shape[1:]] = _fastest(device, shape, precision)
-            except (
-                RuntimeError
-            ) as error:  # out of memory, too: torch's choice runs, until it is tried again
+            except RuntimeError as error:
+                # out of memory, too: torch's choice runs, until it is tried again
                 log.warning("Ark matrices: %s in %s could not be timed (%s).", shape, precision, str(error).splitlines()[0])  # fmt: skip
                 return done
             remember(BOOK, key, [[form, algorithm.hex()] for form, algorithm in known.items()])
@@ -99,7 +100,7 @@ def _fastest(device: torch.device, shape: Shape, precision: str) -> bytes:
     out, fp8 = x.new_empty(count, outputs), precision == "fp8"
     given: Any = quantise(x) if fp8 else x
     matrix = Fp8.of(weight, quantise) if fp8 else Plain(weight)
-    data = given.data if fp8 else x
+    data, scales = (given.data, (given.scale, matrix.scale)) if isinstance(matrix, Fp8) else (x, ())
     product = Product(*map(form_of, (data, matrix.weight, out)), fp8=fp8)
     offered = product.offered(device)
     offered += product.variants(offered[0], device) if fp8 and offered else []
@@ -107,8 +108,9 @@ def _fastest(device: torch.device, shape: Shape, precision: str) -> bytes:
     expected = matrix(given)
     for algorithm in offered:
         out.zero_()
-        by_it = dataclasses.replace(matrix, algorithm=algorithm)
-        if torch.equal(by_it(given, out), expected):
+        found = multiply(algorithm, data, matrix.weight, out, scales)
+        if found is not None and torch.equal(found, expected):
+            by_it: Any = dataclasses.replace(matrix, algorithm=algorithm)
             ways[algorithm] = functools.partial(by_it, given, out)
     once = seconds_of(ways[b""], HEAT)
     first = _in_turns(ways, SLICE / 2, 2, once)

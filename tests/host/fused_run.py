@@ -31,14 +31,15 @@ from ark.toolkit.kernels import KERNELS, AttentionKernel  # noqa: E402
 found = {}
 
 
-def sample(model, size=(4, 5), batch=1, txt_len=32, references=0):
+def sample(model, size=(4, 5), batch=1, txt_len=32, references=0, cfg=None):
     torch.manual_seed(0)
     options = {"pooled_output": None}
     if references:
         options["reference_latents"] = [torch.randn(1, 128, 3 + n, 4) for n in range(references)]
     positive = [[torch.randn(1, txt_len, 192), options]]
     latent = {"samples": torch.zeros(batch, 128, *size)}
-    return sample_klein(model, positive, latent, 7, 2, 1.0)["samples"]
+    guided = {"cfg": cfg, "negative": [[torch.randn(1, txt_len, 192), options]]} if cfg else {}
+    return sample_klein(model, positive, latent, 7, 2, 1.0, **guided)["samples"]
 
 
 def engine_of(model):
@@ -199,6 +200,7 @@ with torch.inference_mode():
     # a run whose memory is in a recording is not loaded again, and gives the same; any other is
     again, _ = set_fused(sent)
     how = {"usual": {}, "size": {"size": (7, 3)}, "reference": {"size": (7, 3), "references": 1}}
+    how |= {"cfg 1": {"cfg": 1.0}, "cfg 2": {"cfg": 2.0}}
     others = {name: sample(sent, **given) for name, given in how.items()}
     changed_fully, lora = sample(with_lora(sent, 1.0, 0.05)), with_lora(again, 1.0, 0.05)
     found["stayed_lora_matters"] = difference(changed_fully, expected)
@@ -223,6 +225,8 @@ with torch.inference_mode():
     made = engine_on(again)._made
     record()
     for name in ("usual", "size", "size", "reference", "reference", "usual", "usual"):
+        run(name)
+    for name in ("cfg 1", "cfg 1", "cfg 2", "cfg 2"):  # the same conditionings, but two passes
         run(name)
     found["record_kept"] = made is not None and made is engine_on(again)._made
     run("usual", lora), run("usual", lora), record(), run("usual", lora), run("usual")

@@ -74,7 +74,7 @@ def test_what_cannot_be_timed_is_said_and_tried_again(card, monkeypatch, caplog)
     def fails(device, shape, precision):
         if shape == SHAPES[1]:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-        return b"any"
+        return b"\1" * 64
 
     monkeypatch.setattr(matrices, "_fastest", fails)
     device = torch.device("cuda", 0)
@@ -90,7 +90,10 @@ def test_another_library_has_other_algorithms(card, monkeypatch):
     assert matrices.known_algorithms(device, "bf16") == {}
 
 
-@pytest.mark.parametrize("damaged", ["[]", '{"key": 1}', "not JSON", '{"key": [[[1], "zz"]]}'])
+@pytest.mark.parametrize(
+    "damaged",
+    ["[]", '{"key": 1}', "not JSON", '{"key": [[[1], "zz"]]}', '{"key": [[[384, 128], "0102"]]}'],
+)
 def test_a_damaged_note_counts_for_nothing(card, tmp_path, damaged):
     key = matrices._key(CARD, "bf16")
     (tmp_path / "matrices.json").write_text(damaged.replace("key", key))

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+LENGTH = 64  # bytes of an algorithm
 OFFERED = 8  # algorithms that are asked for
 WORKSPACE = 1 << 16  # bytes that one may take: enough to count tiles, not for parts of a result
 MOST_KEPT = 256  # forms of matrices whose descriptions are kept
@@ -40,7 +41,9 @@ log = logging.getLogger("ark")
 
 
 class _Algorithm(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_uint64 * 8)]
+    """Opaque; the header allows to keep its bytes for the same version of the library."""
+
+    _fields_ = [("data", ctypes.c_uint64 * (LENGTH // 8))]
 
 
 class _Offer(ctypes.Structure):
@@ -76,10 +79,11 @@ class _Library:
         return made
 
     def handle(self, device: torch.device) -> _Pointer:
-        """Of a device that is the current one."""
+        """Of a device."""
         index = device.index or 0
         if index not in self._handles:
-            self._handles[index] = self.make("")
+            with torch.cuda.device(index):  # a handle belongs to the one that is current
+                self._handles[index] = self.make("")
         return self._handles[index]
 
 
@@ -182,7 +186,7 @@ class Product:
         space = torch.empty(self.workspace(algorithm, x.device), dtype=torch.uint8, device=x.device)
         stream = _Pointer(torch.cuda.current_stream(x.device).cuda_stream)
         result = _Pointer(out.data_ptr())
-        with self._lock:
+        with self._lock, torch.cuda.device(x.device):
             for attribute, scale in zip(SCALES, reversed(scales), strict=False):
                 self._set(attribute, ctypes.c_uint64(scale.data_ptr()))
             self._lt(

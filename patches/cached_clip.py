@@ -103,7 +103,8 @@ class CachedCLIP(comfy.sd.CLIP):
     def encode_ahead(self, text: str) -> Callable[[], bool]:
         """Begin to encode a prompt that is going to be asked for: whoever asks from now on waits for the rest.
 
-        That is so only while the weights lie on the device as this CLIP wants them: nothing is loaded for it.
+        That is so only while the weights lie on the device as this CLIP wants them: nothing is loaded for it. Where the engine
+        only replays what it has recorded, and nobody uses it, the device is at work when this returns.
 
         Returns:
             What does the rest, to be called in another thread; it says whether the prompt is known then.
@@ -114,26 +115,46 @@ class CachedCLIP(comfy.sd.CLIP):
             return lambda: False
         if embeddings.recent(key) is not None:
             return lambda: True
-        coming = contextlib.ExitStack()
-        coming.enter_context(embeddings.coming(key))
+        with contextlib.ExitStack() as coming:
+            coming.enter_context(embeddings.coming(key))
+            begun = None
+            if model.engine.graphs.recorded and not embeddings.is_saved(key):
+                begun = self._ask(tokens, blocking=False)
+            promised = coming.pop_all()
 
         def rest() -> bool:
-            with coming:
-                return embeddings.saved(key) is not None or self._encode_now(key, tokens, embeddings)  # fmt: skip
+            with promised:
+                if begun is None and embeddings.saved(key) is not None:
+                    return True
+                bring = begun or self._ask(tokens)
+                if bring is None:
+                    return False
+                with recording, self._as_host():
+                    conditioning, _, others = bring()
+                embeddings.keep(key, {"cond": conditioning, **others})
+            return True
 
         return rest
 
-    def _encode_now(self, key: str, tokens: dict, embeddings: Embeddings) -> bool:
-        model, device = self.cond_stage_model, self.patcher.load_device
-        with model.engine.lock, recording, current(device), torch.inference_mode():
+    def _ask(self, tokens: dict, blocking: bool = True) -> Callable[[], tuple] | None:
+        """Let the device encode, see `ask_for`; None if it is not ready, or if somebody would have to be waited for."""
+        model = self.cond_stage_model
+        with contextlib.ExitStack() as held:
+            for lock in (model.engine.lock, recording):
+                if not lock.acquire(blocking):
+                    return None
+                held.callback(lock.release)
             # another CLIP's LoRA may lie on the same model
             if model.current_weight_patches_uuid != self.patcher.patches_uuid:
-                return False
-            if (found := model.encode_at_once(tokens)) is None:
-                return False
-            conditioning, _, others = found
-            embeddings.keep(key, {"cond": conditioning, **others})
-        return True
+                return None
+            with self._as_host():
+                return model.ask_for(tokens)
+
+    @contextlib.contextmanager
+    def _as_host(self) -> Iterator[None]:
+        """As in the thread that runs prompts."""
+        with current(self.patcher.load_device), torch.inference_mode():
+            yield
 
     def _find(self, embeddings: Embeddings, key: str) -> Any:
         device = comfy.model_management.intermediate_device()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import comfy.model_management
@@ -15,6 +15,7 @@ import torch
 
 from ..toolkit.architecture import SPATIAL_FACTOR
 from ..toolkit.clock import Pace
+from ..toolkit.late import Late
 from ..toolkit.schedule import klein_sigmas
 from .deliver import deliver, pinned, upload
 from .guard import KEY, SAMPLER_SAMPLE
@@ -23,7 +24,7 @@ from .sampling_inputs import check_conditioning, check_latent, check_mask, check
 from .stay import ready_again, stay
 
 SEEING_NOISE = "outer_sample", SAMPLER_SAMPLE  # of the host's WrappersMP
-_worker = ThreadPoolExecutor(1, "ark-noise")
+_late = Late("ark-noise")
 
 
 def sample_klein(
@@ -103,40 +104,38 @@ def sample_klein(
 def _noise(model: Any, samples: torch.Tensor, seed: int, indices: Any) -> tuple[torch.Tensor, Any]:
     """The host's noise on the device, and its Euler, which has the noise in place when it starts.
 
-    To draw it takes as long as all that the host does before: another thread does that meanwhile, unless another node has
-    a wrapper there, which may look at it.
+    To draw it takes as long as all that the host does before: another thread does that meanwhile, unless somebody else has a
+    hand in it, or a wrapper there, which may look at it.
     """
-    sampler = comfy.samplers.sampler_object("euler")
+    sampler, device = comfy.samplers.sampler_object("euler"), torch.device(model.load_device)
     options = model.model_options.get("transformer_options", {})
     wrappers = model.wrappers, options.get("wrappers", {})  # either way
-    if any(found.get(kind, {}).keys() - {KEY} for found in wrappers for kind in SEEING_NOISE):
-        noise = comfy.sample.prepare_noise(samples, seed, indices)
-        return upload(noise, model.load_device), sampler
-    drawing = _worker.submit(_draw, samples, seed, indices)
+    seen = any(found.get(kind, {}).keys() - {KEY} for found in wrappers for kind in SEEING_NOISE)
+    own = comfy.sample.prepare_noise.__module__ == comfy.sample.__name__  # nobody has replaced it
+    usual = indices is None and samples.dtype is torch.float32 and own and not seen
+    there = pinned(samples) if device.type == "cuda" else torch.empty_like(samples)
+    if there is None or not usual:
+        return upload(comfy.sample.prepare_noise(samples, seed, indices), device), sampler
+    drawing = _late.begin(functools.partial(_draw, there, seed))
     start = sampler.sample
 
     def sample(model_wrap, sigmas, extra_args, callback, noise, *args, **named):
-        noise.copy_(drawing.result(), non_blocking=True)
-        return start(model_wrap, sigmas, extra_args, callback, noise, *args, **named)
+        drawing.precede(device)
+        noise.copy_(there, non_blocking=True)
+        result = start(model_wrap, sigmas, extra_args, callback, noise, *args, **named)
+        drawing.result()
+        return result
 
     sampler.sample = sample  # on this object
-    return torch.empty_like(samples, device=model.load_device), sampler
+    return torch.empty_like(samples, device=device), sampler
 
 
-def _draw(samples: torch.Tensor, seed: int, indices: Any) -> torch.Tensor:
-    """The host's noise, in pinned memory where there is some.
-
-    The usual case without the host: to set the seeds of all devices takes it a good part of the time.
-    """
-    there = pinned(samples) if torch.cuda.is_available() else None
-    own = comfy.sample.prepare_noise.__module__ == comfy.sample.__name__  # nobody has replaced it
-    if indices is None and samples.dtype is torch.float32 and own:
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(samples.shape, generator=generator, dtype=torch.float32, out=there)
-        _worker.submit(_seed, seed, generator)
-        return noise
-    noise = comfy.sample.prepare_noise(samples, seed, indices)
-    return noise if there is None else there.copy_(noise)
+def _draw(there: torch.Tensor, seed: int) -> None:
+    """The host's noise without the host: to set the seeds of all devices takes it a good part of the time."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.inference_mode():  # as it may have been made in
+        torch.randn(there.shape, generator=generator, dtype=torch.float32, out=there)
+    _late.begin(functools.partial(_seed, seed, generator))
 
 
 def _seed(seed: int, generator: torch.Generator) -> None:

@@ -178,6 +178,13 @@ def _tokenizer_class() -> type:
     return KleinTokenizer
 
 
+def brought(conditioning: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, None, dict]:
+    """What the host's text encoders give, where the host wants it."""
+    device = comfy.model_management.intermediate_device()
+    others = {"attention_mask": deliver(mask, device)}
+    return deliver(conditioning, device, wanted_there=True), None, others
+
+
 def embed_tokens(encoder: Any, tokens: list[list], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """As the host's `process_tokens`, which goes through them one by one.
 
@@ -212,12 +219,13 @@ def _qwen3_class(taps: tuple[int, ...]) -> type:
             return states.transpose(1, 2), None, {"attention_mask": present}
 
         def taps_of(self, tokens, layers, record=True):
-            """[B, seq_len, taps, C] fp32 and the mask [B, seq_len] by the engine; None if it has no layers."""
+            """[B, seq_len, taps, C] fp32 and the mask [B, seq_len] by the engine; None if it has no layers, or will not."""
             if not layers:
                 return None
             device = layers[0].q.device
             embeds, present = embed_tokens(self, tokens, device)
-            return self.engine.run(layers, embeds, present.to(device), taps, record), present
+            states = self.engine.run(layers, embeds, present.to(device), taps, record)
+            return None if states is None else (states, present)
 
         def __init__(self, device="cpu", dtype=None, model_options=None, **_):
             super().__init__(
@@ -258,13 +266,22 @@ def _text_encoder_class(taps: tuple[int, ...] = TEXT_TAPS) -> type:
             encoder = getattr(self, ENCODER)
             layers = self.engine and self.engine.layers(encoder.transformer.model)
             found = self.by_engine(token_weight_pairs, layers)
-            return super().encode_token_weights(token_weight_pairs) if found is None else found
+            if found is None:
+                return super().encode_token_weights(token_weight_pairs)
+            return brought(*found)
 
-        def encode_at_once(self, token_weight_pairs):
-            """As `encode_token_weights`, in another thread that holds the engine's lock; None where it is not ready."""
+        def ask_for(self, token_weight_pairs):
+            """Let the device encode them, for who holds the engine's lock; None where it is not ready.
+
+            What is still to be recorded is left to the prompt itself, which would otherwise never come to that.
+
+            Returns:
+                What waits for it, and gives what `encode_token_weights` does.
+            """
             encoder = getattr(self, ENCODER)
             layers = self.engine.layers_now(encoder.transformer.model)
-            return self.by_engine(token_weight_pairs, layers, record=False)
+            found = self.by_engine(token_weight_pairs, layers, record=False)
+            return None if found is None else functools.partial(brought, *found)
 
         def by_engine(self, token_weight_pairs, layers, record=True):
             sections = token_weight_pairs[ENCODER]
@@ -277,9 +294,6 @@ def _text_encoder_class(taps: tuple[int, ...] = TEXT_TAPS) -> type:
                 return None
             states, present = found
             # [B, seq_len, taps, C] to [1, B * seq_len, taps * C], all of it in place
-            conditioning = states.flatten(2).flatten(0, 1).unsqueeze(0)
-            device = comfy.model_management.intermediate_device()
-            mask = {"attention_mask": deliver(present.flatten()[None], device)}
-            return deliver(conditioning, device, wanted_there=True), None, mask
+            return states.flatten(2).flatten(0, 1).unsqueeze(0), present.flatten()[None]
 
     return KleinTextEncoder

@@ -99,22 +99,25 @@ class TextEngine:
         present: torch.Tensor,
         taps: Sequence[int],
         record: bool = True,
-    ) -> torch.Tensor:
-        """See `hidden_states`, and `Graphs.run` for `record`."""
+    ) -> torch.Tensor | None:
+        """See `hidden_states`; without `record` None as long as a run would record, or lead to that."""
         operations, _ = operations_for(embeds.device)
 
         def work(embeds: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
             return hidden_states(layers, embeds, present, taps, operations)
 
         key = (*taps, *(layer.down.data_ptr() for layer in layers))
+        inputs = embeds, present.bool()
         with self.lock:
+            if not record and not self.graphs.settled(key, *inputs):
+                return None
             try:
-                return self.graphs.run(key, work, embeds, present.bool(), record=record)
+                return self.graphs.run(key, work, *inputs)
             except torch.cuda.OutOfMemoryError as error:  # the host hears of it if it comes again
                 log.warning("Ark text encoder: out of memory (%s). It runs again without its recordings.", str(error).splitlines()[0])  # fmt: skip
             self.graphs.clear()
             self.free_memory()
-            return work(embeds, present.bool())
+            return work(*inputs)
 
 
 def hooked(module: torch.nn.Module, observers: str | None = None) -> bool:

@@ -1,5 +1,6 @@
 """Run inside a host's Python path: `next_run.py HOST PACK_PARENT OUT`; texts of the next prompt, encoded ahead, as JSON."""
 
+import contextlib
 import json
 import sys
 import threading
@@ -21,6 +22,7 @@ from ark.nodes import next_prompt  # noqa: E402
 from ark.patches.text_encoder import ENCODER, load_text_encoder  # noqa: E402
 from ark.toolkit import text_engine  # noqa: E402
 from ark.toolkit.embedded import embedded_text_encoder  # noqa: E402
+from ark.toolkit.fused.graph import recording  # noqa: E402
 
 text_engine.DEVICES = ("cpu",)
 CHOSEN = {"diffusion_model": "a", "text_encoder": "b", "vae": "c"}
@@ -118,17 +120,38 @@ with torch.inference_mode():
     _, expected = encode(fresh, "a green ring")
     found["after_lora"].append(torch.equal(plain, expected))
 
+    # what comes first is recorded by the prompts themselves
+    graphs = clip.cond_stage_model.engine.graphs
+    graphs.settled = lambda *inputs: False
+    found["unsettled"] = [*ahead(prompt("a grey line")), encode(clip, "a grey line")[0]]
+    del graphs.settled
+
+    # where it is only replayed the device is at work when the host goes on with the prompt, unless somebody uses the engine
+    model, here, asked = clip.cond_stage_model, threading.get_ident(), []
+    ask_for = model.ask_for
+    model.ask_for = lambda tokens: asked.append(threading.get_ident() == here) or ask_for(tokens)
+    graphs._recorded["as on a GPU"] = None
+    for text, lock in (("a red line", contextlib.nullcontext()), ("a blue line", recording)):
+        _, expected = encode(fresh, text)
+        encode(clip, "loaded")
+        request["prompt"] = prompt(text)
+        with lock:
+            handlers[0](request)
+        source, result = encode(clip, text)
+        found[f"at once, {text}"] = [source, torch.equal(result, expected), asked.pop()]
+    graphs._recorded.clear()
+    del model.ask_for
+
     # whoever is as fast as that waits for it
     text, begun, go = "a pink cross", threading.Event(), threading.Event()
-    model, at_once = clip.cond_stage_model, clip.cond_stage_model.encode_at_once
     encode(clip, "loaded")
 
     def slowly(tokens):
         begun.set()
         go.wait(20)
-        return at_once(tokens)
+        return ask_for(tokens)
 
-    model.encode_at_once = slowly
+    model.ask_for = slowly
     queue.put((0, "0", prompt(text), {}, []))
     futures = next_prompt.look()
     begun.wait(20)

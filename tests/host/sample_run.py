@@ -289,7 +289,7 @@ with torch.inference_mode():
     def drawn_after(run):
         torch.manual_seed(0)
         result = run()
-        sampling._worker.submit(int).result()
+        sampling._late.settle()
         return result, torch.rand(3)
 
     latent = empty(64, 64)["samples"]

@@ -39,3 +39,12 @@ def test_what_depends_on_other_nodes_waits(found):
 def test_weights_of_another_branch_are_not_taken(found):
     assert found["lora"] == [False]
     assert found["after_lora"] == ["encoder", True, True]
+
+
+def test_what_is_still_to_be_recorded_is_left_to_the_prompts(found):
+    assert found["unsettled"] == [False, "encoder"]
+
+
+def test_where_it_is_only_replayed_it_is_asked_for_before_the_host_goes_on(found):
+    assert found["at once, a red line"] == ["memory", True, True]
+    assert found["at once, a blue line"] == ["memory", True, False]

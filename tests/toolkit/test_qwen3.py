@@ -114,11 +114,10 @@ def test_on_a_gpu_a_recording_gives_what_transformers_gives_in_fp32(model, lengt
     for turn in range(4):  # the second one is recorded, later ones are replayed
         embeds = torch.randn(1, length, WIDTH)
         present = torch.arange(length)[None] < (length // 3 + turn if turn else length)
+        inputs = embeds.to(device), present.to(device)
+        assert graphs.settled("key", *inputs) == (turn > 1)
         found = graphs.run(
-            "key",
-            lambda x, mask: qwen3.hidden_states(layers, x, mask, TAPS, operations),
-            embeds.to(device),
-            present.to(device),
+            "key", lambda x, mask: qwen3.hidden_states(layers, x, mask, TAPS, operations), *inputs
         ).cpu()
         exact = by_transformers(model, embeds, present)
         other = by_transformers(copy.deepcopy(model).bfloat16(), embeds.bfloat16(), present).float()

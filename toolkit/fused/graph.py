@@ -64,25 +64,28 @@ class Graphs:
     def _refusal(self) -> str | None:
         return None if self._trying or not torch.cuda.is_initialized() else refusal()
 
-    def run(self, key: Hashable, function: Function, *inputs: torch.Tensor, record: bool = True) -> torch.Tensor:  # fmt: skip
+    def settled(self, key: Hashable, *inputs: torch.Tensor) -> bool:
+        """Whether `run` would record nothing, now or later: it has, or does not."""
+        if inputs[0].device.type != "cuda" or self.why_not:
+            return True
+        return _with_forms(key, inputs) in self._recorded
+
+    def run(self, key: Hashable, function: Function, *inputs: torch.Tensor) -> torch.Tensor:
         """Call a function, or replay what it did.
 
         Args:
             key: of everything but the inputs' numbers: what function reads beside them must stay where it is.
             function: launches kernels only; makes no decision by a number.
             inputs: on a CUDA device.
-            record: False where another thread uses the device meanwhile; what was recorded before is replayed.
         """
         device = inputs[0].device
         call = functools.partial(run_there, function, device=device)
         if device.type != "cuda" or self.why_not:
             return call(*inputs)
-        key = (key, *((tuple(x.shape), x.dtype, x.device) for x in inputs))
+        key = _with_forms(key, inputs)
         if key in self._recorded:
             self._recorded.move_to_end(key)
             return self._recorded[key].replay(inputs)
-        if not record:
-            return call(*inputs)
         try:
             if key in self._forms:
                 return self._record(key, function, inputs)
@@ -149,6 +152,10 @@ class Graphs:
         if self._recorded:
             self._recorded.clear()
             trim()
+
+
+def _with_forms(key: Hashable, inputs: tuple[torch.Tensor, ...]) -> Hashable:
+    return (key, *((tuple(x.shape), x.dtype, x.device) for x in inputs))
 
 
 class _Recorded:

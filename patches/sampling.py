@@ -18,6 +18,7 @@ from ..toolkit.clock import Pace
 from ..toolkit.late import Late
 from ..toolkit.schedule import klein_sigmas
 from .deliver import deliver, pinned, upload
+from .euler import shortened
 from .guard import KEY, SAMPLER_SAMPLE
 from .references import REFERENCES
 from .sampling_inputs import check_conditioning, check_latent, check_mask, check_model, check_sigmas
@@ -71,11 +72,14 @@ def sample_klein(
         sigmas = klein_sigmas(steps, samples.shape[-2] * samples.shape[-1], denoise)
     else:
         check_sigmas(sigmas)
-    device = model.load_device
-    noise, sampler = _noise(model, samples, seed, latent.get("batch_index"))
+    device = torch.device(model.load_device)
+    noise = _Noise(model, samples, seed, latent.get("batch_index"))
     guider = _guider(model, positive, negative, cfg)
-    if ready_again(model, noise.shape, guider):
+    sampler = comfy.samplers.sampler_object("euler")
+    if ready_again(model, samples.shape, guider):
         stay(guider)
+        sampler = shortened(sampler)
+    sampler.sample = functools.partial(noise.arrive_for, sampler.sample)  # on this object
     show, pace = _show(model, len(sigmas) - 1, preview), Pace(device)
 
     def after_step(*step: Any) -> None:
@@ -85,7 +89,7 @@ def sample_klein(
 
     try:
         result = guider.sample(
-            noise,
+            noise.tensor,
             upload(samples, device),
             sampler,
             sigmas,
@@ -101,33 +105,42 @@ def sample_klein(
     return {**latent, "samples": deliver(result, device, wanted_there=True)}
 
 
-def _noise(model: Any, samples: torch.Tensor, seed: int, indices: Any) -> tuple[torch.Tensor, Any]:
-    """The host's noise on the device, and its Euler, which has the noise in place when it starts.
+class _Noise:
+    """The host's noise.
 
-    To draw it takes as long as all that the host does before: another thread does that meanwhile, unless somebody else has a
-    hand in it, or a wrapper there, which may look at it.
+    To draw it takes as long as all that the host does before the first step: another thread does that meanwhile, unless
+    somebody else has a hand in it, or a wrapper there, which may look at it.
+
+    Attributes:
+        tensor: [B, C, H, W] on the device; its numbers are there when the sampler starts.
     """
-    sampler, device = comfy.samplers.sampler_object("euler"), torch.device(model.load_device)
-    options = model.model_options.get("transformer_options", {})
-    wrappers = model.wrappers, options.get("wrappers", {})  # either way
-    seen = any(found.get(kind, {}).keys() - {KEY} for found in wrappers for kind in SEEING_NOISE)
-    own = comfy.sample.prepare_noise.__module__ == comfy.sample.__name__  # nobody has replaced it
-    usual = indices is None and samples.dtype is torch.float32 and own and not seen
-    there = pinned(samples) if device.type == "cuda" else torch.empty_like(samples)
-    if there is None or not usual:
-        return upload(comfy.sample.prepare_noise(samples, seed, indices), device), sampler
-    drawing = _late.begin(functools.partial(_draw, there, seed))
-    start = sampler.sample
 
-    def sample(model_wrap, sigmas, extra_args, callback, noise, *args, **named):
-        drawing.precede(device)
-        noise.copy_(there, non_blocking=True)
-        result = start(model_wrap, sigmas, extra_args, callback, noise, *args, **named)
-        drawing.result()
+    def __init__(self, model: Any, samples: torch.Tensor, seed: int, indices: Any):
+        device = torch.device(model.load_device)
+        options = model.model_options.get("transformer_options", {})
+        wrappers = model.wrappers, options.get("wrappers", {})  # either way
+        seen = any(found.get(kind, {}).keys() - {KEY} for found in wrappers for kind in SEEING_NOISE)  # fmt: skip
+        own = comfy.sample.prepare_noise.__module__ == comfy.sample.__name__  # nobody has replaced it
+        usual = indices is None and samples.dtype is torch.float32 and own and not seen
+        self._source = pinned(samples) if device.type == "cuda" else torch.empty_like(samples)
+        if self._source is None or not usual:
+            self._drawing = None
+            self.tensor = upload(comfy.sample.prepare_noise(samples, seed, indices), device)
+            return
+        self._drawing = _late.begin(functools.partial(_draw, self._source, seed))
+        self.tensor = torch.empty_like(samples, device=device)
+
+    def arrive_for(
+        self, sample: Callable, guider: Any, sigmas: torch.Tensor, extra_args: dict, callback: Any, noise: torch.Tensor, *others: Any, **named: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        """Call the host's sampler, which gets the noise, or a copy of it."""
+        if self._drawing is not None:
+            self._drawing.precede(noise.device)
+            noise.copy_(self._source, non_blocking=True)
+        result = sample(guider, sigmas, extra_args, callback, noise, *others, **named)
+        if self._drawing is not None:
+            self._drawing.result()  # raises what went wrong there
         return result
-
-    sampler.sample = sample  # on this object
-    return torch.empty_like(samples, device=device), sampler
 
 
 def _draw(there: torch.Tensor, seed: int) -> None:

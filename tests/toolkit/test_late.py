@@ -31,7 +31,9 @@ def test_on_a_gpu_the_stream_waits(monkeypatch, driver):
     if not driver:
         monkeypatch.setattr(late, "_wait", lambda: None)
     jobs, device = Late("test"), torch.device("cuda")
+    jobs.begin(lambda: None).result()
     jobs._begun = late.TURNS - 3  # the largest number is passed on the way
+    jobs._done.fill_(-3)
     there = torch.zeros(4, pin_memory=True)
     for turn in range(6):
         go = threading.Event()

@@ -1,0 +1,117 @@
+"""Euler steps of one conditioning of the whole picture: the host's numbers, bit for bit, without what it does for other kinds.
+
+At each step the host makes masks of areas, asks the driver how much memory is free, and before the first it waits for the
+device: over a millisecond in which that has nothing to do. Whatever else is wanted, by the user or another pack, goes the
+host's own way.
+
+Source: `sample_euler`, `KSAMPLER.sample` and `_calc_cond_batch` of comfyanonymous/ComfyUI.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import comfy.k_diffusion.sampling
+import comfy.model_sampling
+import comfy.patcher_extension
+import comfy.samplers
+import torch
+
+OPTIONS = {"transformer_options", "to_load_options"}  # of a model, that are known here; the second is for hooks
+BETWEEN = "predict_noise", "calc_cond_batch"  # of the host's WrappersMP: what is left out
+EACH_STEP = "on_prepare_state"  # of its CallbacksMP
+KNOWN = {"model_conds", "uuid", "cross_attn", "pooled_output", "attention_mask", "reference_latents"}
+# what is left out, too, unless another pack has put its own there
+LEFT_OUT = {
+    comfy.samplers: (
+        "calc_cond_batch", "sampling_function", "cfg_function", "get_area_and_mult", "KSAMPLER.sample", "CFGGuider.__call__",
+        "CFGGuider.predict_noise", "KSamplerX0Inpaint.__call__",
+    ),
+    comfy.k_diffusion.sampling: ("sample_euler", "to_d"),
+}  # fmt: skip
+
+
+def run_steps(
+    hosts: Callable[..., torch.Tensor],
+    guider: Any,
+    sigmas: torch.Tensor,
+    extra_args: dict,
+    callback: Callable[..., None],
+    noise: torch.Tensor,
+    latent_image: torch.Tensor,
+    denoise_mask: torch.Tensor | None = None,
+    disable_pbar: bool = False,
+) -> torch.Tensor:
+    """As the host's `KSAMPLER.sample` with `sample_euler`.
+
+    Args:
+        hosts: that method, for what is not known here.
+        guider: the host's, while it samples.
+        sigmas: [steps + 1] noise levels on the device.
+        extra_args: has the model's options.
+        callback: is given the number of a step, its denoised and noisy latents, and how many steps there are.
+        noise: [B, C, H, W] on the device.
+        latent_image: likewise.
+        denoise_mask: of inpainting.
+        disable_pbar: show nothing on the console.
+
+    Returns:
+        The samples, [B, C, H, W].
+    """
+    options = extra_args["model_options"]
+    if denoise_mask is not None or not _usual(guider, options):
+        return hosts(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)  # fmt: skip
+    base, (cond,), steps = guider.inner_model, guider.conds["positive"], len(sigmas) - 1
+    x = base.model_sampling.noise_scaling(sigmas[0], noise, latent_image)
+    given = {name: each.process_cond(batch_size=len(x), area=None) for name, each in cond["model_conds"].items()}  # fmt: skip
+    given, each_picture = comfy.samplers.cond_cat([given]), x.new_ones([len(x)])
+    console: Any = None
+    for step in range(steps):
+        level = sigmas[step] * each_picture
+        denoised = base.apply_model(x, level, **given, transformer_options=_to_model(base, options, cond, level))  # fmt: skip
+        if console is None:  # not before the first step has been asked for
+            console = iter(comfy.k_diffusion.sampling.trange(steps, disable=disable_pbar))
+            next(console)
+        slope = (x - denoised) / sigmas[step]
+        callback(step, denoised, x, steps)
+        x = x + slope * (sigmas[step + 1] - sigmas[step])
+        next(console, None)
+    return base.model_sampling.inverse_noise_scaling(sigmas[-1], x)
+
+
+def _to_model(base: Any, options: dict, cond: dict, level: torch.Tensor) -> dict:
+    """What the host's model is told beside the conditioning."""
+    found = base.current_patcher.apply_hooks(hooks=None)
+    found = comfy.patcher_extension.merge_nested_dicts(found, options["transformer_options"], copy_dict1=False)  # fmt: skip
+    return {**found, "cond_or_uncond": [0], "uuids": [cond["uuid"]], "sigmas": level}
+
+
+def _usual(guider: Any, options: dict) -> bool:
+    """Whether the host would do nothing else."""
+    positive, base = guider.conds["positive"], guider.inner_model
+    wrappers = options.get("transformer_options", {}).get("wrappers", {})
+    return (
+        type(guider) is comfy.samplers.CFGGuider
+        and options.keys() <= OPTIONS
+        and len(positive) == 1
+        and positive[0].keys() <= KNOWN
+        and (guider.conds.get("negative") is None or math.isclose(guider.cfg, 1.0))
+        and type(base.model_sampling).noise_scaling is comfy.model_sampling.CONST.noise_scaling
+        and not any(wrappers.get(kind) for kind in BETWEEN)
+        and not base.current_patcher.get_all_callbacks(EACH_STEP)
+        and all(_is_hosts(module, name) for module, names in LEFT_OUT.items() for name in names)
+    )
+
+
+def _is_hosts(module: Any, name: str) -> bool:
+    return operator.attrgetter(name)(module).__module__ == module.__name__
+
+
+def shortened(sampler: Any) -> Any:
+    """The host's Euler sampler, which takes the short way where it can."""
+    sampler.sample = functools.partial(run_steps, sampler.sample)  # on this object
+    return sampler

@@ -16,7 +16,7 @@ import torch
 
 from ark.benchmarks.record import row, write_record
 from ark.toolkit.fused.cublas import library
-from ark.toolkit.fused.matrix import Fp8, Plain, quantise
+from ark.toolkit.fused.matrix import Fp8, Plain, algorithm_for, quantise
 from ark.toolkit.fused.runner import PRECISIONS
 from ark.toolkit.matrices import (
     HEAT,
@@ -28,7 +28,6 @@ from ark.toolkit.matrices import (
 )
 
 HIDDEN = 3072  # width of Klein 4B
-REFERENCE = 4096  # tokens of one at 1024x1024
 WHILE = 0.04  # s that one works at a time
 
 
@@ -38,7 +37,7 @@ def compare(device: torch.device, shape: Shape, precision: str, algorithm: bytes
     x, weight = (torch.randn(rows, inputs, device=device).bfloat16() for rows in (count, outputs))
     given = quantise(x) if precision == "fp8" else x
     own = Fp8.of(weight, quantise) if precision == "fp8" else Plain(weight)
-    ways = {"torch": own, "ark": dataclasses.replace(own, algorithm=algorithm)}
+    ways = {"torch": own, "ark": dataclasses.replace(own, algorithms=((count, algorithm),))}
     if not torch.equal(ways["ark"](given), own(given)):
         raise SystemExit(f"{shape} in {precision}: the algorithm gives other numbers.")
     once = seconds_of(lambda: own(given), HEAT)
@@ -63,12 +62,11 @@ def main() -> None:
     device, rows = torch.device("cuda", torch.cuda.current_device()), []
     with torch.inference_mode():
         for precision in PRECISIONS:
-            shapes = usual_shapes(HIDDEN)
+            shapes = usual_shapes(HIDDEN) + usual_shapes(HIDDEN, references=1)
             choose_algorithms(device, shapes, precision)
             known = known_algorithms(device, precision)
-            edits = [(count + REFERENCE, outputs, inputs) for count, outputs, inputs in shapes]
-            for shape in shapes + edits:
-                algorithm = known.get(shape[1:], b"")
+            for shape in shapes:
+                algorithm = algorithm_for(shape[0], known.get(shape[1:], ()))
                 rows.append(compare(device, shape, precision, algorithm, args.turns))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cublaslt": str(library().version)}  # fmt: skip
     print(write_record("matrices", torch.cuda.get_device_name(), versions, rows))

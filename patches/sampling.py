@@ -120,7 +120,9 @@ class _Noise:
         options = model.model_options.get("transformer_options", {})
         wrappers = model.wrappers, options.get("wrappers", {})  # either way
         seen = any(found.get(kind, {}).keys() - {KEY} for found in wrappers for kind in SEEING_NOISE)  # fmt: skip
-        own = comfy.sample.prepare_noise.__module__ == comfy.sample.__name__  # nobody has replaced it
+        own = (
+            comfy.sample.prepare_noise.__module__ == comfy.sample.__name__
+        )  # nobody has replaced it
         usual = indices is None and samples.dtype is torch.float32 and own and not seen
         self._source = pinned(samples) if device.type == "cuda" else torch.empty_like(samples)
         if self._source is None or not usual:

@@ -31,7 +31,9 @@ class Late:
     def __init__(self, name: str) -> None:
         self._worker, self._lock = ThreadPoolExecutor(1, name), threading.Lock()
         self._begun = 0
-        self._done: torch.Tensor | None = None  # the number of the last one that is, where devices can read it
+        self._done: torch.Tensor | None = (
+            None  # the number of the last one that is, where devices can read it
+        )
 
     def begin(self, job: Callable[[], object]) -> Coming:
         """Have something done. It must not wait for a device: that may be waiting for it."""

@@ -18,7 +18,7 @@ import torch
 from .ahead import settle
 from .architecture import MLP, TXT_LEN, USUAL_TOKENS
 from .fused.cublas import LENGTH, Product, form_of, library, multiply
-from .fused.matrix import Fp8, Plain, quantise
+from .fused.matrix import Chosen, Fp8, Plain, quantise
 from .hardware import Hardware, probe_hardware
 from .notebook import recall, remember
 
@@ -33,27 +33,38 @@ Shape = tuple[int, int, int]  # rows of the input, outputs, inputs
 log = logging.getLogger("ark")
 
 
-def usual_shapes(hidden: int) -> list[Shape]:
+def usual_shapes(hidden: int, references: int = 0) -> list[Shape]:
     """The large products of a step at 1024x1024: of a double block's image stream, and of a single block.
 
     Args:
         hidden: the model's width.
+        references: pictures of the same size that are edited.
     """
-    img_len, mlp = USUAL_TOKENS - TXT_LEN, MLP * hidden
+    img_len, mlp = (1 + references) * (USUAL_TOKENS - TXT_LEN), MLP * hidden
     double = [(3 * hidden, hidden), (hidden, hidden), (2 * mlp, hidden), (hidden, mlp)]
     single = [(3 * hidden + 2 * mlp, hidden), (hidden, hidden + mlp)]
-    return [(img_len, *form) for form in double] + [(USUAL_TOKENS, *form) for form in single]
+    return [(img_len, *form) for form in double] + [(TXT_LEN + img_len, *form) for form in single]
 
 
-def known_algorithms(device: torch.device, precision: str) -> dict[tuple[int, int], bytes]:
-    """What `choose_algorithms` remembers, by outputs and inputs: an algorithm, empty where torch's choice is as good."""
+def known_algorithms(device: torch.device, precision: str) -> dict[tuple[int, int], Chosen]:
+    """What `choose_algorithms` remembers, by outputs and inputs."""
+    found: dict[tuple[int, int], Chosen] = {}
+    for (count, *form), algorithm in _known(device, precision).items():
+        found[form[0], form[1]] = (*found.get((form[0], form[1]), ()), (count, algorithm))
+    return found
+
+
+def _known(device: torch.device, precision: str) -> dict[Shape, bytes]:
     if (key := _key(probe_hardware(device), precision)) is None:
         return {}
+    found: dict[Shape, bytes] = {}
     try:
-        found = {(shape[0], shape[1]): bytes.fromhex(algorithm) for shape, algorithm in recall(BOOK, key)}  # fmt: skip
+        for (count, outputs, inputs), algorithm in recall(BOOK, key):
+            if len(kept := bytes.fromhex(algorithm)) in (0, LENGTH):
+                found[int(count), int(outputs), int(inputs)] = kept
     except (TypeError, ValueError, LookupError):  # none yet, or not ours
         return {}
-    return {shape: algorithm for shape, algorithm in found.items() if len(algorithm) in (0, LENGTH)}
+    return found
 
 
 def choose_algorithms(
@@ -72,8 +83,8 @@ def choose_algorithms(
     """
     if (key := _key(probe_hardware(device), precision)) is None:
         return 0
-    known = known_algorithms(device, precision)
-    missing = [shape for shape in shapes if shape[1:] not in known]
+    known = _known(device, precision)
+    missing = [shape for shape in shapes if shape not in known]
     if not missing:
         return 0
     log.info("Ark matrices: products in %s are timed, once for this card.", precision)
@@ -83,12 +94,12 @@ def choose_algorithms(
             if busy():
                 return done
             try:
-                known[shape[1:]] = _fastest(device, shape, precision)
+                known[shape] = _fastest(device, shape, precision)
             except RuntimeError as error:
                 # out of memory, too: torch's choice runs, until it is tried again
                 log.warning("Ark matrices: %s in %s could not be timed (%s).", shape, precision, str(error).splitlines()[0])  # fmt: skip
                 return done
-            remember(BOOK, key, [[form, algorithm.hex()] for form, algorithm in known.items()])
+            remember(BOOK, key, [[each, algorithm.hex()] for each, algorithm in known.items()])
     return len(missing)
 
 
@@ -110,7 +121,7 @@ def _fastest(device: torch.device, shape: Shape, precision: str) -> bytes:
         out.zero_()
         found = multiply(algorithm, data, matrix.weight, out, scales)
         if found is not None and torch.equal(found, expected):
-            by_it: Any = dataclasses.replace(matrix, algorithm=algorithm)
+            by_it: Any = dataclasses.replace(matrix, algorithms=((count, algorithm),))
             ways[algorithm] = functools.partial(by_it, given, out)
     once = seconds_of(ways[b""], HEAT)
     first = _in_turns(ways, SLICE / 2, 2, once)

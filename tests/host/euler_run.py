@@ -75,7 +75,13 @@ with torch.inference_mode():
     compare("short", "text", model, conditioning())
     compare("short", "one step", model, conditioning(), steps=1)
     compare("short", "batch", model, conditioning(), batch=3)
-    compare("short", "a batch of prompts", model, [[drawn(2, 32, 192), {"pooled_output": None}]], batch=2)
+    compare(
+        "short",
+        "a batch of prompts",
+        model,
+        [[drawn(2, 32, 192), {"pooled_output": None}]],
+        batch=2,
+    )
     compare("short", "references", model, conditioning(2))
     compare("short", "image", model, conditioning(), image=True, denoise=0.5)
     compare("short", "sigmas", model, conditioning(), sigmas=torch.tensor([0.9, 0.7, 0.2, 0.0]))

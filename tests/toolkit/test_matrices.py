@@ -7,7 +7,7 @@ import torch
 
 from ark.toolkit import matrices
 from ark.toolkit.fused import cublas
-from ark.toolkit.fused.matrix import MANY, Fp8, Plain, quantise
+from ark.toolkit.fused.matrix import MANY, Fp8, Plain, algorithm_for, quantise
 from ark.toolkit.fused.runner import PRECISIONS, Runner
 from ark.toolkit.hardware import Hardware
 
@@ -40,6 +40,9 @@ def test_the_usual_shapes_are_kleins():
     assert matrices.usual_shapes(3072) == [
         (4096, 9216, 3072), (4096, 3072, 3072), (4096, 18432, 3072), (4096, 3072, 9216), (4608, 27648, 3072), (4608, 3072, 12288),
     ]  # fmt: skip
+    assert [shape[0] for shape in matrices.usual_shapes(3072, references=1)] == [8192] * 4 + [
+        8704
+    ] * 2
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -58,8 +61,14 @@ def test_what_was_chosen_is_remembered_and_not_timed_again(card):
     device = torch.device("cuda", 0)
     assert matrices.choose_algorithms(device, SHAPES[:1], "bf16") == 1
     assert matrices.choose_algorithms(device, SHAPES, "bf16") == 1 and card == SHAPES
-    assert matrices.known_algorithms(device, "bf16") == {(384, 128): b"\1" * 64, (128, 512): b""}
+    assert matrices.known_algorithms(device, "bf16") == {
+        (384, 128): ((4096, b"\1" * 64),),
+        (128, 512): ((4608, b""),),
+    }
     assert matrices.choose_algorithms(device, SHAPES, "bf16") == 0 and card == SHAPES
+    assert matrices.choose_algorithms(device, [(8192, 384, 128)], "bf16") == 1
+    more = {(384, 128): ((4096, b"\1" * 64), (8192, b"")), (128, 512): ((4608, b""),)}
+    assert matrices.known_algorithms(device, "bf16") == more
     assert matrices.known_algorithms(device, "fp8") == {}
     assert matrices.choose_algorithms(device, SHAPES, "fp8") == 2
 
@@ -92,7 +101,15 @@ def test_another_library_has_other_algorithms(card, monkeypatch):
 
 @pytest.mark.parametrize(
     "damaged",
-    ["[]", '{"key": 1}', "not JSON", '{"key": [[[1], "zz"]]}', '{"key": [[[384, 128], "0102"]]}'],
+    [
+        "[]",
+        '{"key": 1}',
+        "not JSON",
+        '{"key": [[[1], "zz"]]}',
+        '{"key": [[[384, 128], ""]]}',
+        '{"key": [[[4096, 384, 128], "0102"]]}',
+        '{"key": [[[4096, 384, "x"], ""]]}',
+    ],  # fmt: skip
 )
 def test_a_damaged_note_counts_for_nothing(card, tmp_path, damaged):
     key = matrices._key(CARD, "bf16")
@@ -103,7 +120,8 @@ def test_a_damaged_note_counts_for_nothing(card, tmp_path, damaged):
 def test_few_rows_and_other_dtypes_are_torchs(monkeypatch):
     called = []
     monkeypatch.setattr("ark.toolkit.fused.matrix.multiply", lambda *given: called.append(given))
-    matrix = Plain(torch.randn(8, 16), algorithm=b"any")
+    known = (MANY, b"any"), (4 * MANY, b"other")
+    matrix = Plain(torch.randn(8, 16), algorithms=known)
     x = torch.randn(MANY - 1, 16)
     assert torch.equal(matrix(x), x @ matrix.weight.t()) and not called
     x = torch.randn(MANY, 16)
@@ -111,18 +129,25 @@ def test_few_rows_and_other_dtypes_are_torchs(monkeypatch):
     assert torch.equal(part(x), x @ part.weight.t())  # the algorithm could not
     algorithm, given, weight, out = called[0]
     assert algorithm == b"any" and given is x and weight is part.weight and out is None
+    found = [
+        algorithm_for(rows, known)
+        for rows in (0, MANY - 1, MANY, 2 * MANY - 1, 2 * MANY + 1, 100 * MANY)
+    ]
+    assert (
+        found == [b"", b"", b"any", b"any", b"other", b"other"] and algorithm_for(MANY, ()) == b""
+    )
     runner = Runner(torch.device("cpu"), "bf16")
-    runner._algorithms = {(8, 16): b"any"}
+    runner._algorithms = {(8, 16): known}
     weight = torch.randn(8, 16)
-    assert runner.matrix(torch.empty(0), weight).algorithm == b""
+    assert runner.matrix(torch.empty(0), weight).algorithms == ()
     half, like = weight.bfloat16(), torch.empty(0, dtype=torch.bfloat16)
-    assert runner.matrix(like, half).algorithm == b"any"
+    assert runner.matrix(like, half).algorithms == known
     low = Runner(torch.device("cpu"), "fp8")
-    low._algorithms = {(8, 16): b"any"}
+    low._algorithms = {(8, 16): known}
     made = low.matrix(like, half)
-    assert made.algorithm == made.part(0, 4).algorithm == b"any"
-    assert low.matrix_of_file(like, made.weight, torch.ones(())).algorithm == b"any"
-    assert low.matrix(torch.empty(0), weight).algorithm == b""
+    assert made.algorithms == made.part(0, 4).algorithms == known
+    assert low.matrix_of_file(like, made.weight, torch.ones(())).algorithms == known
+    assert low.matrix(torch.empty(0), weight).algorithms == ()
 
 
 def test_why_the_library_cannot_be_called_is_said(caplog):
@@ -180,7 +205,7 @@ def test_what_an_algorithm_cannot_do_is_left_and_said(caplog):
     algorithm = product.offered(x.device)[0]
     turned = x.t().contiguous().t()
     assert cublas.multiply(algorithm, turned, weight) is None and "columns lie apart" in caplog.text
-    assert torch.equal(Plain(weight, algorithm=algorithm)(turned), turned @ weight.t())
+    assert torch.equal(Plain(weight, algorithms=((4096, algorithm),))(turned), turned @ weight.t())
     with pytest.raises(RuntimeError):
         product.workspace(b"\1" * 64, x.device)
     assert cublas.multiply(b"\1" * 64, x, weight) is None
@@ -197,10 +222,10 @@ def test_choosing_changes_no_number(precision, monkeypatch, tmp_path):
     monkeypatch.setattr(matrices, "SLICE", 0.002)
     monkeypatch.setattr(matrices, "WORTH", 10.0)  # whatever is fastest, be it torch's own
     assert matrices.choose_algorithms(device, [(4096, 3072, 3072), (4096, 6144, 3072)], precision) == 2  # fmt: skip
-    for (outputs, inputs), algorithm in matrices.known_algorithms(device, precision).items():
+    for (outputs, inputs), chosen in matrices.known_algorithms(device, precision).items():
         weight = torch.randn(outputs, inputs, device=device).bfloat16()
         x = torch.randn(5000, inputs, device=device).bfloat16()
         given = quantise(x) if precision == "fp8" else x
         own = Fp8.of(weight, quantise) if precision == "fp8" else Plain(weight)
-        by_it = dataclasses.replace(own, algorithm=algorithm)
+        by_it = dataclasses.replace(own, algorithms=chosen)
         torch.testing.assert_close(by_it(given), own(given), rtol=0.01, atol=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,9 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 SMALLEST = 1e-12  # of a row's largest number, so that a row of zeros has a scale
 MANY = 4096  # rows from which on a chosen algorithm is used: with fewer none was timed
+Chosen = tuple[
+    tuple[int, bytes], ...
+]  # by rows: cuBLASLt's algorithms, empty where torch's choice is as good
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,13 @@ class Scaled:
         return Quantised(rows, self.scale[:1].expand(len(rows), 1).contiguous())
 
 
+def algorithm_for(rows: int, known: Chosen) -> bytes:
+    """The one for the number of rows that is the nearest; empty for torch's choice."""
+    if rows < MANY or not known:
+        return b""
+    return min(known, key=lambda timed: abs(math.log(timed[0] / rows)))[1]
+
+
 @dataclass(frozen=True)
 class Plain:
     """A matrix as the file has it.
@@ -70,12 +81,12 @@ class Plain:
     Attributes:
         weight: [out, in].
         quantises: whether it wants its input in fp8.
-        algorithm: of cuBLASLt, for inputs of many rows; torch's choice where it is empty (see `toolkit/matrices.py`).
+        algorithms: what is known to be fast, see `toolkit/matrices.py`.
     """
 
     weight: torch.Tensor
     quantises: bool = False
-    algorithm: bytes = b""
+    algorithms: Chosen = ()
 
     @property
     def features(self) -> int:
@@ -84,11 +95,11 @@ class Plain:
 
     def part(self, start: int, stop: int) -> Plain:
         """What gives some of the outputs, by reference."""
-        return Plain(self.weight[start:stop], algorithm=self.algorithm)
+        return Plain(self.weight[start:stop], algorithms=self.algorithms)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[count, in] to [count, out]."""
-        chosen = self.algorithm if len(x) >= MANY else b""
+        chosen = algorithm_for(len(x), self.algorithms)
         if chosen and (found := multiply(chosen, x, self.weight, out)) is not None:
             return found
         return torch.mm(x, self.weight.t(), out=out)
@@ -129,20 +140,20 @@ class Fp8:
         scale: [1, out] fp32.
         dtype: of the output.
         quantises: whether it wants its input in fp8.
-        algorithm: see `Plain`.
+        algorithms: see `Plain`.
     """
 
     weight: torch.Tensor
     scale: torch.Tensor
     dtype: torch.dtype
     quantises: bool = True
-    algorithm: bytes = b""
+    algorithms: Chosen = ()
 
     @classmethod
-    def of(cls, weight: torch.Tensor, quantise: Callable[[torch.Tensor], Quantised], algorithm: bytes = b"") -> Fp8:  # fmt: skip
+    def of(cls, weight: torch.Tensor, quantise: Callable[[torch.Tensor], Quantised], algorithms: Chosen = ()) -> Fp8:  # fmt: skip
         """Quantise a matrix [out, in], by a function as `quantise`."""
         rows = quantise(weight)
-        return cls(rows.data, rows.scale.t().contiguous(), weight.dtype, algorithm=algorithm)
+        return cls(rows.data, rows.scale.t().contiguous(), weight.dtype, algorithms=algorithms)
 
     @property
     def features(self) -> int:
@@ -151,14 +162,14 @@ class Fp8:
 
     def part(self, start: int, stop: int) -> Fp8:
         """What gives some of the outputs, by reference."""
-        return Fp8(self.weight[start:stop], self.scale[:, start:stop], self.dtype, algorithm=self.algorithm)  # fmt: skip
+        return Fp8(self.weight[start:stop], self.scale[:, start:stop], self.dtype, algorithms=self.algorithms)  # fmt: skip
 
     def __call__(self, x: Quantised, out: torch.Tensor | None = None) -> torch.Tensor:
         """[count, in] to [count, out]."""
         if x.data.device.type == "cpu":  # has no such kernel
             result = (x.wide() @ (self.weight.float() * self.scale.t()).t()).to(self.dtype)
             return result if out is None else out.copy_(result)
-        chosen = self.algorithm if len(x.data) >= MANY else b""
+        chosen = algorithm_for(len(x.data), self.algorithms)
         if chosen and (found := multiply(chosen, x.data, self.weight, out, (x.scale, self.scale))) is not None:  # fmt: skip
             return found
         return torch._scaled_mm(

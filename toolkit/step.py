@@ -97,7 +97,10 @@ def denoise(
         h = step.double(x, h, streams, first, second, after, into[number].quantises)
     *blocks, final = weights.single
     for block, following in zip(blocks, weights.single[1:], strict=True):
-        y = step.single(h, block)
+        z = block.linear_in(h)
+        del h  # what follows takes the most memory
+        y = step.single(z, block)
+        del z
         h = ops.modulate(x, third.shift, third.scale, rows, y, third.gate, following.linear_in.quantises)  # fmt: skip
     y = step.last(h, final, shown, picture)
     h = ops.modulate(x[shown], last.shift, last.scale, picture, y, third.gate)
@@ -141,9 +144,8 @@ class _Step:
         _both(y, self.rows, (txt.mlp_out, img.mlp_out), self._parts(h))
         return self.ops.modulate(x, after.shift, after.scale, self.rows, y, second.gate, fp8_after)  # fmt: skip
 
-    def single(self, h: Activations, block: SingleBlock) -> torch.Tensor:
-        """A single block: `h` is the residual, modulated for it; returns what is to be added, [count, C]."""
-        z = block.linear_in(h)
+    def single(self, z: torch.Tensor, block: SingleBlock) -> torch.Tensor:
+        """A single block: `z` is its first product; returns what is to be added, [count, C]."""
         width = 3 * block.linear_out.features
         norms = (weight.expand(2, -1) for weight in (block.q_norm, block.k_norm))
         fp8 = block.linear_out.quantises

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 
 import torch
 from comfy.cli_args import args
@@ -22,20 +23,29 @@ _spare = Spare()
 _twins = Twins()
 
 
-def deliver(tensor: torch.Tensor, device: torch.device, wanted_there: bool = False) -> torch.Tensor:
+def deliver(
+    tensor: torch.Tensor, device: torch.device, wanted_there: bool = False, meanwhile: Callable[[], None] = lambda: None
+) -> torch.Tensor:  # fmt: skip
     """Bring a result to where the host wants it: from a GPU through pinned memory.
 
     Args:
         tensor: of the result; nobody writes to it any more.
         device: where to.
         wanted_there: whether it is likely to be uploaded again.
+        meanwhile: called when that has begun; gives the GPU more to do, which is not waited for.
     """
-    if tensor.device.type != "cuda" or device.type != "cpu":
-        return tensor.to(device)
-    if (there := pinned(tensor)) is None:
-        return tensor.to(device)
+    there = pinned(tensor) if tensor.device.type == "cuda" and device.type == "cpu" else None
+    if there is None:
+        found = tensor.to(device)
+        meanwhile()
+        return found
+    there.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensor.device))
+    meanwhile()
+    copied.synchronize()
     shape = tuple(tensor.shape)
-    result = _spare.take(shape, tensor.dtype).copy_(there.copy_(tensor))
+    result = _spare.take(shape, tensor.dtype).copy_(there)
     _spare.prepare(shape, tensor.dtype)
     if wanted_there:
         _twins.remember(result, tensor.contiguous())

@@ -19,12 +19,14 @@ import comfy.sd
 import torch
 
 from ..toolkit.architecture import LATENT_CHANNELS, SPATIAL_FACTOR
+from ..toolkit.foresight import Foresight
 from ..toolkit.pixel_layers import COLOURS
 from .deliver import current, deliver, upload
 from .vae_engine import VaeEngine
 
 WAYS = ("decode", "encode")
 decoded: list[Callable[[], Any]] = []  # called after each decode, in the prompt's thread
+latents = Foresight()  # of samplers: a picture is decoded while the host goes from node to node
 log = logging.getLogger("ark")
 
 
@@ -67,6 +69,9 @@ class FastVAE(comfy.sd.VAE):
     def _decode(self, samples_in: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
         plain = samples_in.ndim == 4 and samples_in.shape[1] == LATENT_CHANNELS
         if plain and not any(args) and not any(named.values()):
+            picture = latents.take(self, samples_in) if self._fits("decode") else None
+            if picture is not None:
+                return deliver(picture, self.output_device)
             size = [SPATIAL_FACTOR * side for side in samples_in.shape[2:]]
             found = self._run("decode", samples_in, size, lambda x: x, self.process_output)
             if found is not None:
@@ -82,6 +87,40 @@ class FastVAE(comfy.sd.VAE):
                 return found
         return super().encode(pixel_samples, *args, **named)
 
+    def begin(self, result: torch.Tensor) -> torch.Tensor | None:
+        """Let the device decode latents that lie there; None where that would take more than to replay a recording.
+
+        Args:
+            result: [B, 128, H/16, W/16].
+
+        Returns:
+            IMAGEs on the device, which is still at it.
+        """
+        engine: Any = self.engine
+        if result.device != self.device or not self._fits("decode"):
+            return None
+        if (
+            not engine.is_recorded("decode", result.shape, self.device)
+            or not self.patcher.is_loaded()
+        ):
+            return None
+        try:
+            with current(self.device):
+                record = engine.record("decode")
+                return record and self._made(result, lambda x: self.process_output(engine.decode(record, x)))  # fmt: skip
+        except torch.cuda.OutOfMemoryError:  # it is decoded when it is asked for
+            return None
+
+    def _fits(self, way: str) -> bool:
+        """Whether the engine may run; the log says why not, once."""
+        engine = self.engine
+        if engine is None or not engine.hopeful(way, self.device, self.vae_dtype):
+            return False
+        if getattr(vars(self.first_stage_model).get(way), "func", None) is not _by_module:
+            engine.refuse("another node has changed the VAE")
+            return False
+        return True
+
     def _run(
         self,
         way: str,
@@ -91,11 +130,8 @@ class FastVAE(comfy.sd.VAE):
         after: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor | None:
         """One way for a batch; None if the host has to run it."""
-        engine = self.engine
-        if engine is None or min(size) < 1 or not engine.hopeful(way, self.device, self.vae_dtype):
-            return None
-        if getattr(vars(self.first_stage_model).get(way), "func", None) is not _by_module:
-            engine.refuse("another node has changed the VAE")
+        engine: Any = self.engine
+        if min(size) < 1 or not self._fits(way):
             return None
         plans = self._plans(way, len(given), *size)
         if engine.is_recorded(way, given.shape, self.device) and self.patcher.is_loaded():
@@ -141,11 +177,13 @@ class FastVAE(comfy.sd.VAE):
         """Some pictures at a time, each result copied once; see `deliver`."""
         found = []
         for part in given.split(count) if count < len(given) else (given,):
-            with torch.inference_mode():
-                result = work(upload(part, self.device).float())
-                result = result.to(self._output_dtype())
+            result = self._made(upload(part, self.device), work)
             found.append(deliver(result, self.output_device, wanted_there))
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _made(self, given: torch.Tensor, work: Callable) -> torch.Tensor:
+        with torch.inference_mode():
+            return work(given.float()).to(self._output_dtype())
 
     def _output_dtype(self) -> torch.dtype:
         """Of IMAGEs and latents; older hosts know only one."""

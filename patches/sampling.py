@@ -17,6 +17,7 @@ from ..toolkit.architecture import SPATIAL_FACTOR
 from ..toolkit.clock import Pace
 from ..toolkit.late import Late
 from ..toolkit.schedule import klein_sigmas
+from . import fast_vae
 from .deliver import deliver, pinned, upload
 from .euler import shortened
 from .guard import KEY, SAMPLER_SAMPLE
@@ -101,8 +102,10 @@ def sample_klein(
     except torch.cuda.OutOfMemoryError as error:
         # of the same type, as the host then frees what it holds
         raise torch.cuda.OutOfMemoryError(_too_large(samples, positive)) from error
-    device = comfy.model_management.intermediate_device()
-    return {**latent, "samples": deliver(result, device, wanted_there=True)}
+    device, kind = comfy.model_management.intermediate_device(), tuple(result.shape)
+    begin = functools.partial(fast_vae.latents.begin, kind, result)
+    made = deliver(result, device, wanted_there=True, meanwhile=begin)
+    return {**latent, "samples": fast_vae.latents.made(made)}
 
 
 class _Noise:

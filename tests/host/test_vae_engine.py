@@ -50,6 +50,14 @@ def test_memory_that_is_short_is_enough(found):
     assert none == enormous == [[1, True]]  # numbers of a tensor have to be counted, too
 
 
+def test_what_a_sampler_made_is_decoded_before_it_is_asked_for(found):
+    assert max(error for error, _, _ in found["ahead"]) < LIMIT
+    counts = [counts for _, *counts in found["ahead"]]
+    first, again, not_recorded, hooked_meanwhile = [0, 1], [1, 1], [0, 1], [1, 1]
+    changed_meanwhile, after_a_miss, another_vae = [1, 2], [0, 1], [0, 0]
+    assert counts == [first, again, not_recorded, hooked_meanwhile, changed_meanwhile, after_a_miss, another_vae]  # fmt: skip
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_it_is_no_further_off_than_the_host(comfyui, run_in_host, tmp_path):
     out = tmp_path / "found.json"

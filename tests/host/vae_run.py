@@ -21,11 +21,12 @@ sys.path.append(str(pack_parent))
 from tiny_klein import difference  # noqa: E402
 from tiny_vae import write_random  # noqa: E402
 
-from ark.patches import vae_engine  # noqa: E402
+from ark.patches import fast_vae, vae_engine  # noqa: E402
 from ark.patches.fast_vae import FastVAE  # noqa: E402
 from ark.patches.references import add_references  # noqa: E402
 from ark.patches.vae import load_vae  # noqa: E402
 from ark.toolkit.embedded import ASSETS  # noqa: E402
+from ark.toolkit.foresight import MISS  # noqa: E402
 
 EMBEDDED = ASSETS / "vae" / "ark_tiny_flux2_vae.safetensors"
 found = {"errors": {}}
@@ -121,6 +122,36 @@ with torch.inference_mode():
         found["plans"].append(list(random._plans("decode", 4, 2048, 2048)))
     found["plans"].append(list(random._plans("decode", 2, 8192, 8192)))
     comfy.model_management.get_free_memory = free
+
+    # what is decoded as soon as a sampler has made it, as on a GPU from a recording
+    engine_on(random, True)
+    decodes, ahead = [], []
+    found["ahead"] = ahead
+    random.engine.decode = lambda *given, **named: decodes.append(1) or usual(*given, **named)
+
+    def sampled(recorded=True, changed=lambda z: None, vae=random):
+        """The difference, and decodes before the node and all in all."""
+        random.engine.is_recorded = lambda *given: recorded
+        decodes.clear()
+        fast_vae.latents.begin("z", z)
+        with torch.inference_mode(False):
+            given = z.clone()
+        changed(fast_vae.latents.made(given))
+        before, wanted = len(decodes), given.clone()
+        pictures = stock.VAEDecode().decode(vae, {"samples": given})[0]
+        count = len(decodes)
+        ahead.append([difference(pictures, vae.decode(wanted)), before, count])
+
+    sampled(), sampled(), sampled(recorded=False)
+    hooks, conv = [], random.first_stage_model.decoder.conv_in
+    sampled(changed=lambda z: hooks.append(conv.register_forward_hook(lambda *given: 2 * given[2])))
+    hooks.pop().remove()
+    for _ in range(MISS):
+        sampled()
+    del ahead[4:]
+    sampled(changed=lambda z: z.mul_(0.9)), sampled(), sampled(vae=vae)
+    random.engine.decode = usual
+    del random.engine.is_recorded
 
     # other people's doing: the host runs, and says why
     def refused(change, undo):

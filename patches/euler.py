@@ -21,20 +21,12 @@ import comfy.patcher_extension
 import comfy.samplers
 import torch
 
-OPTIONS = {
-    "transformer_options",
-    "to_load_options",
-}  # of a model, that are known here; the second is for hooks
+from .stay import KNOWN
+
+# of a model, that are known here; the second is for hooks
+OPTIONS = {"transformer_options", "to_load_options"}
 BETWEEN = "predict_noise", "calc_cond_batch"  # of the host's WrappersMP: what is left out
 EACH_STEP = "on_prepare_state"  # of its CallbacksMP
-KNOWN = {
-    "model_conds",
-    "uuid",
-    "cross_attn",
-    "pooled_output",
-    "attention_mask",
-    "reference_latents",
-}
 # what is left out, too, unless another pack has put its own there
 LEFT_OUT = {
     comfy.samplers: (

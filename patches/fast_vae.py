@@ -99,15 +99,12 @@ class FastVAE(comfy.sd.VAE):
         engine: Any = self.engine
         if result.device != self.device or not self._fits("decode"):
             return None
-        if (
-            not engine.is_recorded("decode", result.shape, self.device)
-            or not self.patcher.is_loaded()
-        ):
+        there = engine.is_recorded("decode", result.shape, self.device) and self.patcher.is_loaded()
+        if not there or (record := engine.record("decode")) is None:
             return None
         try:
             with current(self.device):
-                record = engine.record("decode")
-                return record and self._made(result, lambda x: self.process_output(engine.decode(record, x)))  # fmt: skip
+                return self._made(result, lambda x: self.process_output(engine.decode(record, x)))
         except torch.cuda.OutOfMemoryError:  # it is decoded when it is asked for
             return None
 

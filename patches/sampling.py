@@ -15,7 +15,7 @@ import torch
 
 from ..toolkit.architecture import SPATIAL_FACTOR
 from ..toolkit.clock import Pace
-from ..toolkit.late import Late
+from ..toolkit.late import Coming, Late
 from ..toolkit.schedule import klein_sigmas
 from . import fast_vae
 from .deliver import deliver, pinned, upload
@@ -77,10 +77,10 @@ def sample_klein(
     noise = _Noise(model, samples, seed, latent.get("batch_index"))
     guider = _guider(model, positive, negative, cfg)
     sampler = comfy.samplers.sampler_object("euler")
-    if ready_again(model, samples.shape, guider):
+    if ready := ready_again(model, samples.shape, guider):
         stay(guider)
         sampler = shortened(sampler)
-    sampler.sample = functools.partial(noise.arrive_for, sampler.sample)  # on this object
+    sampler.sample = functools.partial(noise.arrive_for, sampler.sample, ready)  # on this object
     show, pace = _show(model, len(sigmas) - 1, preview), Pace(device)
 
     def after_step(*step: Any) -> None:
@@ -118,33 +118,44 @@ class _Noise:
         tensor: [B, C, H, W] on the device; its numbers are there when the sampler starts.
     """
 
+    _coming: tuple[torch.Tensor, Coming] | None  # where it is drawn
+
     def __init__(self, model: Any, samples: torch.Tensor, seed: int, indices: Any):
         device = torch.device(model.load_device)
         options = model.model_options.get("transformer_options", {})
         wrappers = model.wrappers, options.get("wrappers", {})  # either way
         seen = any(found.get(kind, {}).keys() - {KEY} for found in wrappers for kind in SEEING_NOISE)  # fmt: skip
-        own = (
-            comfy.sample.prepare_noise.__module__ == comfy.sample.__name__
-        )  # nobody has replaced it
+        # nobody has replaced it
+        own = comfy.sample.prepare_noise.__module__ == comfy.sample.__name__
         usual = indices is None and samples.dtype is torch.float32 and own and not seen
-        self._source = pinned(samples) if device.type == "cuda" else torch.empty_like(samples)
-        if self._source is None or not usual:
-            self._drawing = None
+        source = None
+        if usual:
+            source = pinned(samples) if device.type == "cuda" else torch.empty_like(samples)
+        if source is None:
+            self._coming = None
             self.tensor = upload(comfy.sample.prepare_noise(samples, seed, indices), device)
             return
-        self._drawing = _late.begin(functools.partial(_draw, self._source, seed))
+        self._coming = source, _late.begin(functools.partial(_draw, source, seed))
         self.tensor = torch.empty_like(samples, device=device)
 
     def arrive_for(
-        self, sample: Callable, guider: Any, sigmas: torch.Tensor, extra_args: dict, callback: Any, noise: torch.Tensor, *others: Any, **named: Any,
+        self, sample: Callable, replayed: bool, guider: Any, sigmas: torch.Tensor, extra_args: dict, callback: Any, noise: torch.Tensor, *others: Any, **named: Any,
     ) -> torch.Tensor:  # fmt: skip
-        """Call the host's sampler, which gets the noise, or a copy of it."""
-        if self._drawing is not None:
-            self._drawing.precede(noise.device)
-            noise.copy_(self._source, non_blocking=True)
+        """Call the host's sampler, which gets the noise, or a copy of it.
+
+        Only a run that replays recordings asks for little enough that the device's queue holds all of it: the drawing thread
+        must never wait for one that waits for room there.
+        """
+        if self._coming is None:
+            return sample(guider, sigmas, extra_args, callback, noise, *others, **named)
+        source, drawing = self._coming
+        if replayed:
+            drawing.precede(noise.device)
+        else:
+            drawing.result()
+        noise.copy_(source, non_blocking=True)
         result = sample(guider, sigmas, extra_args, callback, noise, *others, **named)
-        if self._drawing is not None:
-            self._drawing.result()  # raises what went wrong there
+        drawing.result()  # raises what went wrong there
         return result
 
 

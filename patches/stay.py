@@ -19,6 +19,7 @@ from .residency import ResidentPatcher
 
 PREPARE_SAMPLING = "prepare_sampling"  # the host's WrappersMP.PREPARE_SAMPLING
 KEY = "ark_stay"
+# of a conditioning of the whole picture
 KNOWN = {"model_conds", "uuid", "cross_attn", "pooled_output", "attention_mask", REFERENCES}
 
 

@@ -224,8 +224,10 @@ def _qwen3_class(taps: tuple[int, ...]) -> type:
                 return None
             device = layers[0].q.device
             embeds, present = embed_tokens(self, tokens, device)
-            states = self.engine.run(layers, embeds, present.to(device), taps, record)
-            return None if states is None else (states, present)
+            given = layers, embeds, present.to(device), taps
+            if not record and not self.engine.settled(*given):
+                return None
+            return self.engine.run(*given), present
 
         def __init__(self, device="cpu", dtype=None, model_options=None, **_):
             super().__init__(

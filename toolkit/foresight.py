@@ -14,10 +14,8 @@ from typing import Any, Protocol
 import torch
 
 KINDS = 16  # of results that are remembered
-MISS, MOST = (
-    7,
-    14,
-)  # what was begun for nothing counts as much as so many hits; the bound of a score either way
+MISS = 7  # what was begun for nothing counts as much as so many hits
+MOST = 14  # the bound of a score, either way
 
 
 class Taker(Protocol):

@@ -31,9 +31,8 @@ class Late:
     def __init__(self, name: str) -> None:
         self._worker, self._lock = ThreadPoolExecutor(1, name), threading.Lock()
         self._begun = 0
-        self._done: torch.Tensor | None = (
-            None  # the number of the last one that is, where devices can read it
-        )
+        # the number of the last one that is, where devices can read it
+        self._done: torch.Tensor | None = None
 
     def begin(self, job: Callable[[], object]) -> Coming:
         """Have something done. It must not wait for a device: that may be waiting for it."""
@@ -66,7 +65,11 @@ class Coming:
         self.result, self._done, self._number = future.result, done, number
 
     def precede(self, device: torch.device) -> None:
-        """Let whatever the current stream of a device is given from now on come after it; waits itself where no stream can."""
+        """Let whatever the current stream of a device is given from now on come after it; waits itself where no stream can.
+
+        Until then the stream takes as much as its queue holds, about a thousand launches. Whoever waits for room there must
+        not keep from the job what it needs, such as the interpreter.
+        """
         wait = _wait()
         if device.type == "cuda" and wait is not None and self._done is not None:
             stream, where = torch.cuda.current_stream(device).cuda_stream, self._done.data_ptr()

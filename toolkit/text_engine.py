@@ -92,32 +92,29 @@ class TextEngine:
         """Give what nobody uses back to the device."""
         torch.cuda.empty_cache()
 
-    def run(
-        self,
-        layers: list[Layer],
-        embeds: torch.Tensor,
-        present: torch.Tensor,
-        taps: Sequence[int],
-        record: bool = True,
-    ) -> torch.Tensor | None:
-        """See `hidden_states`; without `record` None as long as a run would record, or lead to that."""
+    def run(self, layers: list[Layer], embeds: torch.Tensor, present: torch.Tensor, taps: Sequence[int]) -> torch.Tensor:  # fmt: skip
+        """See `hidden_states`."""
         operations, _ = operations_for(embeds.device)
 
         def work(embeds: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
             return hidden_states(layers, embeds, present, taps, operations)
 
-        key = (*taps, *(layer.down.data_ptr() for layer in layers))
-        inputs = embeds, present.bool()
         with self.lock:
-            if not record and not self.graphs.settled(key, *inputs):
-                return None
             try:
-                return self.graphs.run(key, work, *inputs)
+                return self.graphs.run(_key(layers, taps), work, embeds, present.bool())
             except torch.cuda.OutOfMemoryError as error:  # the host hears of it if it comes again
                 log.warning("Ark text encoder: out of memory (%s). It runs again without its recordings.", str(error).splitlines()[0])  # fmt: skip
             self.graphs.clear()
             self.free_memory()
-            return work(*inputs)
+            return work(embeds, present.bool())
+
+    def settled(self, layers: list[Layer], embeds: torch.Tensor, present: torch.Tensor, taps: Sequence[int]) -> bool:  # fmt: skip
+        """Whether `run` would record nothing, now or later."""
+        return self.graphs.settled(_key(layers, taps), embeds, present.bool())
+
+
+def _key(layers: list[Layer], taps: Sequence[int]) -> tuple[int, ...]:
+    return (*taps, *(layer.down.data_ptr() for layer in layers))
 
 
 def hooked(module: torch.nn.Module, observers: str | None = None) -> bool:

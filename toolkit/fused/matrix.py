@@ -15,9 +15,8 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 SMALLEST = 1e-12  # of a row's largest number, so that a row of zeros has a scale
 MANY = 4096  # rows from which on a chosen algorithm is used: with fewer none was timed
-Chosen = tuple[
-    tuple[int, bytes], ...
-]  # by rows: cuBLASLt's algorithms, empty where torch's choice is as good
+# cuBLASLt's algorithms by rows, empty where torch's choice is as good
+Chosen = tuple[tuple[int, bytes], ...]
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ from pathlib import Path
 host, pack_parent, out = (Path(arg) for arg in sys.argv[1:4])
 sys.argv = sys.argv[:1]
 sys.path.insert(0, str(host))
-from comfy.cli_args import args  # noqa: E402
-
 import torch  # noqa: E402
+from comfy.cli_args import args  # noqa: E402
 
 args.cpu = not torch.cuda.is_available()
 import nodes as stock  # noqa: E402

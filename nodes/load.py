@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import time
 from pathlib import Path
@@ -26,6 +28,7 @@ DIFFUSERS = "diffusers"  # a folder of this folder has a folder for each part
 SUBFOLDERS = {"diffusion_model": "transformer", "text_encoder": "text_encoder", "vae": "vae"}
 FOLDERS = {"diffusion_model": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
 PIPELINE_INDEX = "model_index.json"
+FRESH = 1.0  # s; the host asks a dozen times for each prompt, and there may be many folders
 log = logging.getLogger("ark")
 
 
@@ -82,14 +85,11 @@ class ArkFastLoader(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, diffusion_model: str, text_encoder: str, vae: str) -> tuple:
-        """Load again when a file's name, size or time changes."""
+    def fingerprint_inputs(cls, diffusion_model: str, text_encoder: str, vae: str) -> str:
+        """Load again when a file's name, size or time changes; the host takes a table apart for each node behind this one."""
         chosen = {"diffusion_model": diffusion_model, "text_encoder": text_encoder, "vae": vae}
-        return tuple(
-            file_fingerprint(part)
-            for slot, name in chosen.items()
-            for part in model_parts(_chosen(slot, name))
-        )
+        parts = [part for slot, name in chosen.items() for part in model_parts(_chosen(slot, name))]
+        return repr([file_fingerprint(part) for part in parts])
 
     @classmethod
     def execute(cls, diffusion_model: str, text_encoder: str, vae: str) -> io.NodeOutput:
@@ -123,12 +123,24 @@ class ArkFastLoader(io.ComfyNode):
 
 
 def _diffusers_folders() -> dict[str, Path]:
-    """The pipelines in diffusers' layout, by their path below models/diffusers."""
+    """The pipelines in diffusers' layout, by their path below models/diffusers; one that has just come a second later at most."""
+    roots = tuple(map(Path, folder_paths.get_folder_paths(DIFFUSERS)))
+    return _pipelines(roots, tuple(map(_modified, roots)), int(time.monotonic() / FRESH))
+
+
+@functools.lru_cache(maxsize=1)
+def _pipelines(roots: tuple[Path, ...], modified: tuple[int, ...], moment: int) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for root in map(Path, folder_paths.get_folder_paths(DIFFUSERS)):
+    for root in roots:
         for index in sorted(root.glob(f"**/{PIPELINE_INDEX}")):
             found.setdefault(index.parent.relative_to(root).as_posix(), index.parent)
     return found
+
+
+def _modified(folder: Path) -> int:
+    with contextlib.suppress(OSError):
+        return folder.stat().st_mtime_ns
+    return 0
 
 
 def _chosen(slot: str, name: str) -> str:

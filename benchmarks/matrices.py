@@ -62,7 +62,7 @@ def main() -> None:
     device, rows = torch.device("cuda", torch.cuda.current_device()), []
     with torch.inference_mode():
         for precision in PRECISIONS:
-            shapes = usual_shapes(HIDDEN) + usual_shapes(HIDDEN, references=1)
+            shapes = usual_shapes(HIDDEN)
             choose_algorithms(device, shapes, precision)
             known = known_algorithms(device, precision)
             for shape in shapes:

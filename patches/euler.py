@@ -10,6 +10,7 @@ Source: `sample_euler`, `KSAMPLER.sample` and `_calc_cond_batch` of comfyanonymo
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import operator
 from collections.abc import Callable
@@ -35,6 +36,7 @@ LEFT_OUT = {
     ),
     comfy.k_diffusion.sampling: ("sample_euler", "to_d"),
 }  # fmt: skip
+log = logging.getLogger("ark")
 
 
 def run_steps(
@@ -65,7 +67,9 @@ def run_steps(
         The samples, [B, C, H, W].
     """
     options = extra_args["model_options"]
-    if denoise_mask is not None or not _usual(guider, options):
+    reason = "a mask" if denoise_mask is not None else _unusual(guider, options)
+    if reason is not None:
+        log.debug("Ark sampler: ComfyUI's own steps run (%s).", reason)
         return hosts(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)  # fmt: skip
     base, (cond,), steps = guider.inner_model, guider.conds["positive"], len(sigmas) - 1
     x = base.model_sampling.noise_scaling(sigmas[0], noise, latent_image)
@@ -92,21 +96,28 @@ def _to_model(base: Any, options: dict, cond: dict, level: torch.Tensor) -> dict
     return {**found, "cond_or_uncond": [0], "uuids": [cond["uuid"]], "sigmas": level}
 
 
-def _usual(guider: Any, options: dict) -> bool:
-    """Whether the host would do nothing else."""
+def _unusual(guider: Any, options: dict) -> str | None:
+    """Why the host might do something else, None if it would not."""
     positive, base = guider.conds["positive"], guider.inner_model
     wrappers = options.get("transformer_options", {}).get("wrappers", {})
-    return (
-        type(guider) is comfy.samplers.CFGGuider
-        and options.keys() <= OPTIONS
-        and len(positive) == 1
-        and positive[0].keys() <= KNOWN
-        and (guider.conds.get("negative") is None or math.isclose(guider.cfg, 1.0))
-        and type(base.model_sampling).noise_scaling is comfy.model_sampling.CONST.noise_scaling
-        and not any(wrappers.get(kind) for kind in BETWEEN)
-        and not base.current_patcher.get_all_callbacks(EACH_STEP)
-        and all(_is_hosts(module, name) for module, names in LEFT_OUT.items() for name in names)
-    )
+    if type(guider) is not comfy.samplers.CFGGuider:
+        return f"guider {type(guider).__name__}"
+    if others := options.keys() - OPTIONS:
+        return f"model options of other nodes: {', '.join(sorted(others))}"
+    if len(positive) != 1:
+        return f"{len(positive)} conditionings"
+    if others := positive[0].keys() - KNOWN:
+        return f"a conditioning with {', '.join(sorted(others))}"
+    if guider.conds.get("negative") is not None and not math.isclose(guider.cfg, 1.0):
+        return "cfg"
+    if type(base.model_sampling).noise_scaling is not comfy.model_sampling.CONST.noise_scaling:
+        return f"model sampling {type(base.model_sampling).__name__}"
+    if found := [kind for kind in BETWEEN if wrappers.get(kind)]:
+        return f"wrappers of other nodes: {', '.join(found)}"
+    if base.current_patcher.get_all_callbacks(EACH_STEP):
+        return "callbacks of other nodes"
+    replaced = [name for module, names in LEFT_OUT.items() for name in names if not _is_hosts(module, name)]  # fmt: skip
+    return f"another pack's {', '.join(replaced)}" if replaced else None
 
 
 def _is_hosts(module: Any, name: str) -> bool:

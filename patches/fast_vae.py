@@ -69,8 +69,8 @@ class FastVAE(comfy.sd.VAE):
     def _decode(self, samples_in: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
         plain = samples_in.ndim == 4 and samples_in.shape[1] == LATENT_CHANNELS
         if plain and not any(args) and not any(named.values()):
-            picture = latents.take(self, samples_in) if self._fits("decode") else None
-            if picture is not None:
+            picture = latents.take(self, samples_in)
+            if picture is not None and self._fits("decode"):
                 return deliver(picture, self.output_device)
             size = [SPATIAL_FACTOR * side for side in samples_in.shape[2:]]
             found = self._run("decode", samples_in, size, lambda x: x, self.process_output)

@@ -76,11 +76,7 @@ def sample_klein(
     device = torch.device(model.load_device)
     noise = _Noise(model, samples, seed, latent.get("batch_index"))
     guider = _guider(model, positive, negative, cfg)
-    sampler = comfy.samplers.sampler_object("euler")
-    if ready := ready_again(model, samples.shape, guider):
-        stay(guider)
-        sampler = shortened(sampler)
-    sampler.sample = functools.partial(noise.arrive_for, sampler.sample, ready)  # on this object
+    sampler = _sampler(model, guider, noise)
     show, pace = _show(model, len(sigmas) - 1, preview), Pace(device)
 
     def after_step(*step: Any) -> None:
@@ -102,10 +98,24 @@ def sample_klein(
     except torch.cuda.OutOfMemoryError as error:
         # of the same type, as the host then frees what it holds
         raise torch.cuda.OutOfMemoryError(_too_large(samples, positive)) from error
-    device, kind = comfy.model_management.intermediate_device(), tuple(result.shape)
-    begin = functools.partial(fast_vae.latents.begin, kind, result)
-    made = deliver(result, device, wanted_there=True, meanwhile=begin)
-    return {**latent, "samples": fast_vae.latents.made(made)}
+    return {**latent, "samples": _hand_over(result)}
+
+
+def _sampler(model: Any, guider: Any, noise: _Noise) -> Any:
+    """The host's Euler, as short as it can be for this run, which has the noise in place when it starts."""
+    sampler = comfy.samplers.sampler_object("euler")
+    if ready := ready_again(model, noise.tensor.shape, guider):
+        stay(guider)
+        sampler = shortened(sampler)
+    sampler.sample = functools.partial(noise.arrive_for, sampler.sample, ready)  # on this object
+    return sampler
+
+
+def _hand_over(result: torch.Tensor) -> torch.Tensor:
+    """Latents where the host wants them; their picture is begun meanwhile, if that is likely to be wanted next."""
+    device = comfy.model_management.intermediate_device()
+    begin = functools.partial(fast_vae.latents.begin, tuple(result.shape), result)
+    return fast_vae.latents.made(deliver(result, device, wanted_there=True, meanwhile=begin))
 
 
 class _Noise:

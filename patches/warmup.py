@@ -72,10 +72,9 @@ def choose_matrices(model: Any, busy: Callable[[], bool]) -> None:
     device, dtype = model.load_device, usual_attention(model.model)[1]
     if device.type != "cuda" or dtype is not torch.bfloat16 or torch.cuda.mem_get_info(device)[0] < ROOM:  # fmt: skip
         return
-    for references in (0, 1):
-        shapes = usual_shapes(model.model.diffusion_model.hidden_size, references)
-        for precision in PRECISIONS:
-            choose_algorithms(device, shapes, precision, busy)
+    for precision in PRECISIONS:
+        shapes = usual_shapes(model.model.diffusion_model.hidden_size)
+        choose_algorithms(device, shapes, precision, busy)
 
 
 def _run_once(part: str, device: torch.device, run: Callable[[], object]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import sys
 import threading
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import torch
 
 AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ, which goes on after the largest number, too
 TURNS = 1 << 32
+log = logging.getLogger("ark")
 
 
 class Late:
@@ -37,7 +39,9 @@ class Late:
     def begin(self, job: Callable[[], object]) -> Coming:
         """Have something done. It must not wait for a device: that may be waiting for it."""
         with self._lock:
-            if self._done is None and torch.cuda.is_available():
+            if (
+                self._done is None and torch.cuda.is_initialized()
+            ):  # else there is no stream to wait
                 self._done = torch.zeros(1, dtype=torch.int32, pin_memory=True)
             self._begun = (self._begun + 1) % TURNS
             return Coming(self._worker.submit(self._do, job, self._begun), self._done, self._begun)
@@ -70,13 +74,13 @@ class Coming:
         Until then the stream takes as much as its queue holds, about a thousand launches. Whoever waits for room there must
         not keep from the job what it needs, such as the interpreter.
         """
-        wait = _wait()
-        if device.type == "cuda" and wait is not None and self._done is not None:
+        if device.type == "cuda" and self._done is not None and (wait := _wait()) is not None:
             stream, where = torch.cuda.current_stream(device).cuda_stream, self._done.data_ptr()
             with torch.cuda.device(device):
                 refused = wait(ctypes.c_void_p(stream), ctypes.c_uint64(where), ctypes.c_uint32(self._number), AT_LEAST)  # fmt: skip
             if not refused:
                 return
+            _say(f"cuStreamWaitValue32 returned {refused}")
         self.result()
 
 
@@ -86,5 +90,12 @@ def _wait() -> Any:
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         return driver.cuStreamWaitValue32_v2
-    except (OSError, AttributeError):
+    except (OSError, AttributeError) as error:
+        _say(str(error))
         return None
+
+
+@functools.lru_cache
+def _say(reason: str) -> None:
+    """Once for each reason."""
+    log.info("Ark: what a GPU needs of other threads is waited for before more is asked of it (%s).", reason)  # fmt: skip

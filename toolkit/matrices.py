@@ -10,7 +10,7 @@ import functools
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,17 +33,22 @@ Shape = tuple[int, int, int]  # rows of the input, outputs, inputs
 log = logging.getLogger("ark")
 
 
-def usual_shapes(hidden: int, references: int = 0) -> list[Shape]:
+def usual_shapes(hidden: int, references: Sequence[int] = (0, 1)) -> list[Shape]:
     """The large products of a step at 1024x1024: of a double block's image stream, and of a single block.
 
     Args:
         hidden: the model's width.
-        references: pictures of the same size that are edited.
+        references: how many pictures of the same size are edited.
     """
-    img_len, mlp = (1 + references) * (USUAL_TOKENS - TXT_LEN), MLP * hidden
+    mlp = MLP * hidden
     double = [(3 * hidden, hidden), (hidden, hidden), (2 * mlp, hidden), (hidden, mlp)]
     single = [(3 * hidden + 2 * mlp, hidden), (hidden, hidden + mlp)]
-    return [(img_len, *form) for form in double] + [(TXT_LEN + img_len, *form) for form in single]
+    shapes: list[Shape] = []
+    for count in references:
+        img_len = (1 + count) * (USUAL_TOKENS - TXT_LEN)
+        shapes += [(img_len, *form) for form in double]
+        shapes += [(TXT_LEN + img_len, *form) for form in single]
+    return shapes
 
 
 def known_algorithms(device: torch.device, precision: str) -> dict[tuple[int, int], Chosen]:

@@ -23,15 +23,16 @@ from ark.patches import euler, sampling  # noqa: E402
 from ark.patches.transformer import load_transformer  # noqa: E402
 
 found: dict = {"short": {}, "hosts": {}}
-own, ways = euler._usual, []
+own, ways = euler._unusual, []
 
 
-def usual(*given):
-    ways.append(own(*given))
-    return ways[-1]
+def unusual(*given):
+    reason = own(*given)
+    ways.append(reason is None)
+    return reason
 
 
-euler._usual = usual
+euler._unusual = unusual
 sampling.stay = lambda guider: None  # nothing lies on a device here
 generator = torch.Generator().manual_seed(5)
 

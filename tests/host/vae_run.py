@@ -26,7 +26,6 @@ from ark.patches.fast_vae import FastVAE  # noqa: E402
 from ark.patches.references import add_references  # noqa: E402
 from ark.patches.vae import load_vae  # noqa: E402
 from ark.toolkit.embedded import ASSETS  # noqa: E402
-from ark.toolkit.foresight import MISS  # noqa: E402
 
 EMBEDDED = ASSETS / "vae" / "ark_tiny_flux2_vae.safetensors"
 found = {"errors": {}}
@@ -146,9 +145,6 @@ with torch.inference_mode():
     hooks, conv = [], random.first_stage_model.decoder.conv_in
     sampled(changed=lambda z: hooks.append(conv.register_forward_hook(lambda *given: 2 * given[2])))
     hooks.pop().remove()
-    for _ in range(MISS):
-        sampled()
-    del ahead[4:]
     sampled(changed=lambda z: z.mul_(0.9)), sampled(), sampled(vae=vae)
     random.engine.decode = usual
     del random.engine.is_recorded

@@ -31,15 +31,15 @@ def test_on_a_gpu_the_stream_waits(monkeypatch, driver):
     if not driver:
         monkeypatch.setattr(late, "_wait", lambda: None)
     jobs, device = Late("test"), torch.device("cuda")
+    there = torch.zeros(4, pin_memory=True)
     jobs.begin(lambda: None).result()
     jobs._begun = late.TURNS - 3  # the largest number is passed on the way
     jobs._done.fill_(-3)
-    there = torch.zeros(4, pin_memory=True)
     for turn in range(6):
         go = threading.Event()
 
         def make(go=go, value=turn + 1.0):
-            go.wait(20)
+            assert go.wait(20)  # else it was waited for before all that follows was asked for
             there.fill_(value)
 
         if not driver:

@@ -37,12 +37,11 @@ def card(monkeypatch, tmp_path):
 
 
 def test_the_usual_shapes_are_kleins():
-    assert matrices.usual_shapes(3072) == [
+    assert matrices.usual_shapes(3072, (0,)) == [
         (4096, 9216, 3072), (4096, 3072, 3072), (4096, 18432, 3072), (4096, 3072, 9216), (4608, 27648, 3072), (4608, 3072, 12288),
     ]  # fmt: skip
-    assert [shape[0] for shape in matrices.usual_shapes(3072, references=1)] == [8192] * 4 + [
-        8704
-    ] * 2
+    rows = [shape[0] for shape in matrices.usual_shapes(3072)]
+    assert rows == [4096] * 4 + [4608] * 2 + [8192] * 4 + [8704] * 2
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -16,7 +16,7 @@ import torch
 
 from ark.benchmarks.record import row, write_record
 from ark.toolkit.fused.cublas import library
-from ark.toolkit.fused.matrix import Fp8, Plain, algorithm_for, quantise
+from ark.toolkit.fused.matrix import Fp8, Known, Plain, algorithm_for, quantise
 from ark.toolkit.fused.runner import PRECISIONS
 from ark.toolkit.matrices import (
     HEAT,
@@ -31,13 +31,13 @@ HIDDEN = 3072  # width of Klein 4B
 WHILE = 0.04  # s that one works at a time
 
 
-def compare(device: torch.device, shape: Shape, precision: str, algorithm: bytes, turns: int) -> dict:  # fmt: skip
+def compare(device: torch.device, shape: Shape, precision: str, known: Known, turns: int) -> dict:  # fmt: skip
     """A row: milliseconds of one product."""
     count, outputs, inputs = shape
     x, weight = (torch.randn(rows, inputs, device=device).bfloat16() for rows in (count, outputs))
     given = quantise(x) if precision == "fp8" else x
     own = Fp8.of(weight, quantise) if precision == "fp8" else Plain(weight)
-    ways = {"torch": own, "ark": dataclasses.replace(own, algorithms=((count, algorithm),))}
+    ways = {"torch": own, "ark": dataclasses.replace(own, known=known)}
     if not torch.equal(ways["ark"](given), own(given)):
         raise SystemExit(f"{shape} in {precision}: the algorithm gives other numbers.")
     once = seconds_of(lambda: own(given), HEAT)
@@ -47,7 +47,9 @@ def compare(device: torch.device, shape: Shape, precision: str, algorithm: bytes
             times[name].append(1e3 * seconds_of(lambda way=ways[name]: way(given), WHILE, once))
     median = {name: statistics.median(found) for name, found in times.items()}
     rate = 2 * count * outputs * inputs / median["ark"] / 1e9
-    note = f"{rate:.0f} TFLOP/s" + ("" if algorithm else "; torch's choice is as good")
+    note = f"{rate:.0f} TFLOP/s" + (
+        "" if algorithm_for(count, weight, known) else "; torch's choice is as good"
+    )
     found = row(f"{count}x{outputs}x{inputs} {precision}", median["ark"], "ms", turns, {"torch": median["torch"]}, note=note)  # fmt: skip
     print(found, flush=True)
     return found
@@ -62,12 +64,10 @@ def main() -> None:
     device, rows = torch.device("cuda", torch.cuda.current_device()), []
     with torch.inference_mode():
         for precision in PRECISIONS:
-            shapes = usual_shapes(HIDDEN)
+            shapes = usual_shapes(HIDDEN, device, precision)
             choose_algorithms(device, shapes, precision)
             known = known_algorithms(device, precision)
-            for shape in shapes:
-                algorithm = algorithm_for(shape[0], known.get(shape[1:], ()))
-                rows.append(compare(device, shape, precision, algorithm, args.turns))
+            rows += [compare(device, shape, precision, known, args.turns) for shape in shapes]
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cublaslt": str(library().version)}  # fmt: skip
     print(write_record("matrices", torch.cuda.get_device_name(), versions, rows))
 

@@ -18,7 +18,7 @@ import torch
 from .ahead import settle
 from .architecture import MLP, TXT_LEN, USUAL_TOKENS
 from .fused.cublas import LENGTH, Product, form_of, library, multiply
-from .fused.matrix import Chosen, Fp8, Plain, quantise
+from .fused.matrix import Chosen, Fp8, Known, Plain, quantise
 from .hardware import Hardware, probe_hardware
 from .notebook import recall, remember
 
@@ -29,20 +29,25 @@ FINALISTS = 4  # that are looked at so closely
 WORTH = 0.98  # of torch's time, at most
 # compute capability that has the precision, in fp8 with a scale a row
 FIRST = {"bf16": (8, 0), "fp8": (9, 0)}
+GATED = 9, 0
 Shape = tuple[int, int, int]  # rows of the input, outputs, inputs
 log = logging.getLogger("ark")
 
 
-def usual_shapes(hidden: int, references: Sequence[int] = (0, 1)) -> list[Shape]:
+def usual_shapes(hidden: int, device: torch.device, precision: str, references: Sequence[int] = (0, 1)) -> list[Shape]:  # fmt: skip
     """The large products of a step at 1024x1024: of a double block's image stream, and of a single block.
 
     Args:
         hidden: the model's width.
+        device: to run on; where SwiGLU is part of a product that is none of cuBLASLt's, see `fused/gated.py`.
+        precision: of the inputs.
         references: how many pictures of the same size are edited.
     """
-    mlp = MLP * hidden
-    double = [(3 * hidden, hidden), (hidden, hidden), (2 * mlp, hidden), (hidden, mlp)]
-    single = [(3 * hidden + 2 * mlp, hidden), (hidden, hidden + mlp)]
+    mlp, qkv = MLP * hidden, 3 * hidden
+    gated = precision == "bf16" and probe_hardware(device).compute_capability == GATED
+    double = [(qkv, hidden), (hidden, hidden), (hidden, mlp)]
+    double += [] if gated else [(2 * mlp, hidden)]
+    single = [(qkv if gated else qkv + 2 * mlp, hidden), (hidden, hidden + mlp)]
     shapes: list[Shape] = []
     for count in references:
         img_len = (1 + count) * (USUAL_TOKENS - TXT_LEN)
@@ -51,7 +56,7 @@ def usual_shapes(hidden: int, references: Sequence[int] = (0, 1)) -> list[Shape]
     return shapes
 
 
-def known_algorithms(device: torch.device, precision: str) -> dict[tuple[int, int], Chosen]:
+def known_algorithms(device: torch.device, precision: str) -> Known:
     """What `choose_algorithms` remembers, by outputs and inputs."""
     found: dict[tuple[int, int], Chosen] = {}
     for (count, *form), algorithm in _known(device, precision).items():
@@ -126,7 +131,8 @@ def _fastest(device: torch.device, shape: Shape, precision: str) -> bytes:
         out.zero_()
         found = multiply(algorithm, data, matrix.weight, out, scales)
         if found is not None and torch.equal(found, expected):
-            by_it: Any = dataclasses.replace(matrix, algorithms=((count, algorithm),))
+            known = {(outputs, inputs): ((count, algorithm),)}
+            by_it: Any = dataclasses.replace(matrix, known=known)
             ways[algorithm] = functools.partial(by_it, given, out)
     once = seconds_of(ways[b""], HEAT)
     first = _in_turns(ways, SLICE / 2, 2, once)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .fused import reference
-from .fused.matrix import Activations, Quantised, Scaled
+from .fused.matrix import Activations, Matrix, Quantised, Scaled, stack
 from .fused.rows import Rows
 from .step_weights import SingleBlock, Stream, Weights
 
@@ -82,8 +82,9 @@ def denoise(
     picture = Rows(rows.batch, 0, wanted_len if wanted_len and rows.batch == 1 else rows.img_len)
     shown = slice(rows.txt, rows.txt + picture.count)
     step = _Step(weights, rows, rotary, attend, ops)
-    x = latents.new_empty(rows.count, weights.img_in.features)
-    _both(x, rows, (weights.txt_in, weights.img_in), (prompt_embeds.flatten(0, 1), latents.flatten(0, 1)))  # fmt: skip
+    x = stack(
+        [(prompt_embeds.flatten(0, 1), weights.txt_in), (latents.flatten(0, 1), weights.img_in)]
+    )
     vec = F.silu(_embed_time(weights, timestep, x.dtype))  # [B, C]
     first, second = _modulations(vec, weights)
     third = _modulation(*weights.single_mod(vec).chunk(3, -1))
@@ -97,12 +98,9 @@ def denoise(
         h = step.double(x, h, streams, first, second, after, into[number].quantises)
     *blocks, final = weights.single
     for block, following in zip(blocks, weights.single[1:], strict=True):
-        z = block.linear_in(h)
-        del h  # what follows takes the most memory
-        y = step.single(z, block)
-        del z
+        y = step.single(h, block)
         h = ops.modulate(x, third.shift, third.scale, rows, y, third.gate, following.linear_in.quantises)  # fmt: skip
-    y = step.last(h, final, shown, picture)
+    y = step.single(h, final, shown, picture)
     h = ops.modulate(x[shown], last.shift, last.scale, picture, y, third.gate)
     return weights.final(h).unflatten(0, (picture.batch, picture.img_len))
 
@@ -129,41 +127,41 @@ class _Step:
     ) -> Activations:
         """A double block: `h` is the residual `x` [count, C], modulated for it; returns it modulated for the next one."""
         txt, img = streams
-        qkv = x.new_empty(self.rows.count, img.qkv.features)
-        _both(qkv, self.rows, (txt.qkv, img.qkv), self._parts(h))
+        qkv = stack(self._parts(h, txt.qkv, img.qkv))
         norms = torch.stack((txt.q_norm, img.q_norm)), torch.stack((txt.k_norm, img.k_norm))
         attention = self._rows(self._attend(qkv, norms, x.dtype, img.proj.quantises))
         if img.proj.quantises and not isinstance(attention, Quantised):
             attention = self.ops.quantise(attention)
-        y = torch.empty_like(x)
-        _both(y, self.rows, (txt.proj, img.proj), self._parts(attention))
+        y = stack(self._parts(attention, txt.proj, img.proj))
         h = self.ops.modulate(x, second.shift, second.scale, self.rows, y, first.gate, img.mlp_in.quantises)  # fmt: skip
-        gate_up = x.new_empty(self.rows.count, img.mlp_in.features)
-        _both(gate_up, self.rows, (txt.mlp_in, img.mlp_in), self._parts(h))
-        h = self.ops.swiglu(gate_up, self.rows, fp8=img.mlp_out.quantises)
-        _both(y, self.rows, (txt.mlp_out, img.mlp_out), self._parts(h))
+        h = self.ops.gated(
+            self._parts(h, txt.mlp_in, img.mlp_in), self.rows, fp8=img.mlp_out.quantises
+        )
+        stack(self._parts(h, txt.mlp_out, img.mlp_out), y)
         return self.ops.modulate(x, after.shift, after.scale, self.rows, y, second.gate, fp8_after)  # fmt: skip
 
-    def single(self, z: torch.Tensor, block: SingleBlock) -> torch.Tensor:
-        """A single block: `z` is its first product; returns what is to be added, [count, C]."""
-        width = 3 * block.linear_out.features
-        norms = (weight.expand(2, -1) for weight in (block.q_norm, block.k_norm))
-        fp8 = block.linear_out.quantises
-        attention = self._attend(z[:, :width], norms, z.dtype, fp8)
-        linear_out: Any = block.linear_out  # takes what it `quantises` to
-        return linear_out(self.ops.swiglu(z[:, width:], self.rows, attention, fp8))
+    def single(self, h: Activations, block: SingleBlock, shown: slice = slice(None), picture: Rows | None = None) -> torch.Tensor:  # fmt: skip
+        """A single block: `h` is the residual modulated for it; returns what is to be added, [count, C].
 
-    def last(self, h: Activations, block: SingleBlock, shown: slice, picture: Rows) -> torch.Tensor:
-        """As `single`, for some rows only, but with the keys and values of all."""
-        width = 3 * block.linear_out.features
-        qkv = block.linear_in.part(0, width)(h)
-        gate_up = block.linear_in.part(width, block.linear_in.features)(h[shown])
+        Args:
+            h: [count, C].
+            block: its weights.
+            shown: rows that somebody reads; keys and values are of all.
+            picture: what is where in them.
+        """
+        width, fp8 = 3 * block.linear_out.features, block.linear_out.quantises
         norms = (weight.expand(2, -1) for weight in (block.q_norm, block.k_norm))
-        fp8 = block.linear_out.quantises
-        tokens = slice(self.rows.txt_len, self.rows.txt_len + picture.img_len)
-        attention = self._attend(qkv, norms, qkv.dtype, fp8, tokens)
-        linear_out: Any = block.linear_out
-        return linear_out(self.ops.swiglu(gate_up, picture, attention, fp8))
+        mlp_in = block.linear_in.part(width, block.linear_in.features)
+        linear_out: Any = block.linear_out  # takes what it `quantises` to
+        if picture is None and not self.ops.within(mlp_in):
+            z = block.linear_in(h)
+            attention = self._attend(z[:, :width], norms, z.dtype, fp8)
+            return linear_out(self.ops.swiglu(z[:, width:], self.rows, attention, fp8))
+        picture = picture or self.rows
+        first = self.rows.txt_len - picture.txt_len
+        qkv = block.linear_in.part(0, width)(h)
+        attention = self._attend(qkv, norms, qkv.dtype, fp8, slice(first, first + picture.seq_len))
+        return linear_out(self.ops.gated([(h[shown], mlp_in)], picture, attention, fp8))
 
     def _attend(
         self,
@@ -191,14 +189,9 @@ class _Step:
             return attention.by_rows(self.rows.to_rows(attention.data))
         return self.rows.to_rows(attention)
 
-    def _parts(self, x: Activations) -> tuple[Activations, Activations]:
-        return x[: self.rows.txt], x[self.rows.txt :]
-
-
-def _both(out: torch.Tensor, rows: Rows, matrices: tuple, inputs: tuple) -> None:
-    """Text by the first matrix, image by the second, into one buffer."""
-    for part, matrix, source in zip((out[: rows.txt], out[rows.txt :]), matrices, inputs, strict=True):  # fmt: skip
-        matrix(source, part)
+    def _parts(self, x: Activations, txt: Matrix, img: Matrix) -> list[tuple[Activations, Matrix]]:
+        """What goes into the matrix of text, and of image."""
+        return [(x[: self.rows.txt], txt), (x[self.rows.txt :], img)]
 
 
 def _embed_time(weights: Weights, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -75,7 +75,7 @@ with torch.inference_mode():
     sampling.ready_again = told
     latent = {"samples": torch.zeros(1, 128, 16, 16)}
 
-    def sample(seed):
+    def sample(seed, latent=latent):
         return sampling.sample_klein(model, conditioning, latent, seed, 4, 1.0)
 
     first = [sample(seed)["samples"] for seed in range(3)]
@@ -85,14 +85,15 @@ with torch.inference_mode():
     found["same"] = [torch.equal(a, b) for made in results.values() for a, b in zip(made, results["neither"], strict=True)]  # fmt: skip
     found["near"] = max(float((a - b).norm() / b.norm()) for a, b in zip(first, results["neither"], strict=True))  # fmt: skip
     runner = engine_on(model).runner
-    found["ready"], found["recorded"] = ready, runner.graphs.recorded
+    found["ready"], found["recorded"] = list(ready), runner.graphs.recorded
     found["why_not"], found["reasons"] = runner.graphs.why_not, sorted(runner.reasons)
 
-    # pictures: decoded before the node is asked for them
+    # pictures: decoded before the node is asked for them; nobody has taken those of the other size
+    other = {"samples": torch.zeros(1, 128, 16, 20)}
     decodes, own, pictures = [], vae.engine.decode, []
     vae.engine.decode = lambda *given, **named: decodes.append(1) or own(*given, **named)
     for seed in range(6):
-        made = sample(seed)
+        made = sample(seed, other)
         before = len(decodes)
         picture = stock.VAEDecode().decode(vae, made)[0]
         pictures.append([before, len(decodes), torch.equal(picture, vae.decode(made["samples"].clone()))])  # fmt: skip

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("diffusers", reason="runs diffusers' pipeline")
@@ -44,6 +45,7 @@ def test_the_graph_in_a_picture_makes_the_same_picture_in_comfyui(comfyui, serve
         if node["class_type"] == "LoadImage":
             name = node["inputs"]["image"]
             node["inputs"]["image"] = server.client.upload(name, (tmp_path / name).read_bytes())
-    pixels = server.render(graph).astype(int)
-    difference = np.abs(pixels - np.asarray(made.image).astype(int))
-    assert difference.mean() < 1 and np.percentile(difference, 99) <= 4
+    error = np.mean((server.render(graph).astype(float) - np.asarray(made.image)) ** 2)
+    psnr = 10 * np.log10(255**2 / max(error, 1e-9))
+    # nobody sees a difference above 40 dB; bf16 alone makes one of 44 to fp32
+    assert psnr > (50 if pipeline.transformer.dtype == torch.float32 else 40)

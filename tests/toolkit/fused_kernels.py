@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ark.toolkit.fused import fast, reference
-from ark.toolkit.fused.matrix import Quantised
+from ark.toolkit.fused.gated import gated_product
+from ark.toolkit.fused.matrix import Plain, Quantised
 from ark.toolkit.fused.rows import Rows
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -21,6 +22,20 @@ DTYPES = [torch.float32, torch.float16]
 if DEVICE == "cuda":  # the interpreter gets bf16 wrong
     DTYPES.append(torch.bfloat16)
     CASES += [(1, 512, 4096, 24), (2, 77, 1000, 32)]
+
+
+if (
+    DEVICE == "cpu"
+):  # numpy 2.4 makes no int of an array of one number, as which the interpreter keeps a loop's bounds
+    from triton.runtime import interpreter
+
+    own = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        own(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
 
 
 @pytest.fixture
@@ -102,6 +117,32 @@ def test_swiglu(random, case, dtype, with_attention, fp8):
         # from fp8 to fp8 many numbers lie half way between two, either of which is as near
         assert errors[0] <= (1.02 * errors[1] if DEVICE == "cuda" else 0.1 * exact.norm())
         torch.testing.assert_close(found.scale, expected.scale, rtol=1e-2, atol=0)
+
+
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.skipif(DEVICE == "cuda" and not HOPPER, reason="the kernel is for Hopper")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("way", ["two", "one", "attention"])
+def test_gated(random, case, way):
+    rows, width, inputs = Rows(*case[:3]), 72 * case[3], 48 * case[3]
+    matrices = [Plain(weight) for weight in random(HALF, 2, 2 * width, inputs) / inputs**0.5]
+    x = random(HALF, rows.count, inputs)
+    parts = [(x, matrices[0])]
+    if way == "two":
+        parts = [(x[: rows.txt], matrices[0]), (x[rows.txt :], matrices[1])]
+    attention = (
+        random(HALF, rows.batch, rows.seq_len, 128 * case[3]) if way == "attention" else None
+    )
+    found = gated_product(parts, rows, attention)
+    exact = torch.cat([part.float() @ matrix.weight.float().t() for part, matrix in parts])
+    check(found, reference.swiglu(exact, rows, attention).to(HALF))
+    if HOPPER:
+        assert fast.within(matrices[0])
+        assert torch.equal(fast.gated(parts, rows, attention), found)
+    check(fast.gated(parts, rows, attention, fp8=True), reference.gated(parts, rows, attention, fp8=True))  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -31,6 +31,7 @@ def test_on_a_gpu_the_stream_waits(monkeypatch, driver):
     if not driver:
         monkeypatch.setattr(late, "_wait", lambda: None)
     jobs, device = Late("test"), torch.device("cuda")
+    torch.cuda.init()
     there = torch.zeros(4, pin_memory=True)
     jobs.begin(lambda: None).result()
     jobs._begun = late.TURNS - 3  # the largest number is passed on the way

@@ -36,11 +36,15 @@ def card(monkeypatch, tmp_path):
     return timed
 
 
-def test_the_usual_shapes_are_kleins():
-    assert matrices.usual_shapes(3072, (0,)) == [
-        (4096, 9216, 3072), (4096, 3072, 3072), (4096, 18432, 3072), (4096, 3072, 9216), (4608, 27648, 3072), (4608, 3072, 12288),
+def test_the_usual_shapes_are_kleins(card):
+    device = torch.device("cuda", 0)
+    assert matrices.usual_shapes(3072, device, "fp8", (0,)) == [
+        (4096, 9216, 3072), (4096, 3072, 3072), (4096, 3072, 9216), (4096, 18432, 3072), (4608, 27648, 3072), (4608, 3072, 12288),
     ]  # fmt: skip
-    rows = [shape[0] for shape in matrices.usual_shapes(3072)]
+    assert matrices.usual_shapes(3072, device, "bf16", (0,)) == [
+        (4096, 9216, 3072), (4096, 3072, 3072), (4096, 3072, 9216), (4608, 9216, 3072), (4608, 3072, 12288),
+    ]  # fmt: skip
+    rows = [shape[0] for shape in matrices.usual_shapes(3072, device, "fp8")]
     assert rows == [4096] * 4 + [4608] * 2 + [8192] * 4 + [8704] * 2
 
 
@@ -120,7 +124,7 @@ def test_few_rows_and_other_dtypes_are_torchs(monkeypatch):
     called = []
     monkeypatch.setattr("ark.toolkit.fused.matrix.multiply", lambda *given: called.append(given))
     known = (MANY, b"any"), (4 * MANY, b"other")
-    matrix = Plain(torch.randn(8, 16), algorithms=known)
+    matrix = Plain(torch.randn(8, 16), known={(8, 16): known[::-1], (4, 16): known})
     x = torch.randn(MANY - 1, 16)
     assert torch.equal(matrix(x), x @ matrix.weight.t()) and not called
     x = torch.randn(MANY, 16)
@@ -129,24 +133,25 @@ def test_few_rows_and_other_dtypes_are_torchs(monkeypatch):
     algorithm, given, weight, out = called[0]
     assert algorithm == b"any" and given is x and weight is part.weight and out is None
     found = [
-        algorithm_for(rows, known)
+        algorithm_for(rows, part.weight, matrix.known)
         for rows in (0, MANY - 1, MANY, 2 * MANY - 1, 2 * MANY + 1, 100 * MANY)
     ]
     assert (
-        found == [b"", b"", b"any", b"any", b"other", b"other"] and algorithm_for(MANY, ()) == b""
+        found == [b"", b"", b"any", b"any", b"other", b"other"]
+        and algorithm_for(MANY, matrix.weight.t(), matrix.known) == b""
     )
     runner = Runner(torch.device("cpu"), "bf16")
-    runner._algorithms = {(8, 16): known}
+    runner._algorithms = every = {(8, 16): known}
     weight = torch.randn(8, 16)
-    assert runner.matrix(torch.empty(0), weight).algorithms == ()
+    assert runner.matrix(torch.empty(0), weight).known == {}
     half, like = weight.bfloat16(), torch.empty(0, dtype=torch.bfloat16)
-    assert runner.matrix(like, half).algorithms == known
+    assert runner.matrix(like, half).known == every
     low = Runner(torch.device("cpu"), "fp8")
-    low._algorithms = {(8, 16): known}
+    low._algorithms = every
     made = low.matrix(like, half)
-    assert made.algorithms == made.part(0, 4).algorithms == known
-    assert low.matrix_of_file(like, made.weight, torch.ones(())).algorithms == known
-    assert low.matrix(torch.empty(0), weight).algorithms == ()
+    assert made.known == made.part(0, 4).known == every
+    assert low.matrix_of_file(like, made.weight, torch.ones(())).known == every
+    assert low.matrix(torch.empty(0), weight).known == {}
 
 
 def test_why_the_library_cannot_be_called_is_said(caplog):
@@ -204,7 +209,10 @@ def test_what_an_algorithm_cannot_do_is_left_and_said(caplog):
     algorithm = product.offered(x.device)[0]
     turned = x.t().contiguous().t()
     assert cublas.multiply(algorithm, turned, weight) is None and "columns lie apart" in caplog.text
-    assert torch.equal(Plain(weight, algorithms=((4096, algorithm),))(turned), turned @ weight.t())
+    assert torch.equal(
+        Plain(weight, known={tuple(weight.shape): ((4096, algorithm),)})(turned),
+        turned @ weight.t(),
+    )
     with pytest.raises(RuntimeError):
         product.workspace(b"\1" * 64, x.device)
     assert cublas.multiply(b"\1" * 64, x, weight) is None
@@ -221,10 +229,11 @@ def test_choosing_changes_no_number(precision, monkeypatch, tmp_path):
     monkeypatch.setattr(matrices, "SLICE", 0.002)
     monkeypatch.setattr(matrices, "WORTH", 10.0)  # whatever is fastest, be it torch's own
     assert matrices.choose_algorithms(device, [(4096, 3072, 3072), (4096, 6144, 3072)], precision) == 2  # fmt: skip
-    for (outputs, inputs), chosen in matrices.known_algorithms(device, precision).items():
+    known = matrices.known_algorithms(device, precision)
+    for outputs, inputs in known:
         weight = torch.randn(outputs, inputs, device=device).bfloat16()
         x = torch.randn(5000, inputs, device=device).bfloat16()
         given = quantise(x) if precision == "fp8" else x
         own = Fp8.of(weight, quantise) if precision == "fp8" else Plain(weight)
-        by_it = dataclasses.replace(own, algorithms=chosen)
+        by_it = dataclasses.replace(own, known=known)
         torch.testing.assert_close(by_it(given), own(given), rtol=0.01, atol=0.5)

@@ -1,6 +1,7 @@
 """The Triton kernels under the names of `reference.py`; importing this needs Triton."""
 
 from .attend_causal import attend_causal
+from .gated import gated, within
 from .group_norm import add, factors, interleave, moments, normed
 from .modulate import modulate
 from .norm_rotate import norm_rotate
@@ -10,4 +11,4 @@ from .swiglu import swiglu
 from .text import add_norm, norm_turn
 from .to_fp8 import to_fp8, widen
 
-__all__ = ["add", "add_norm", "attend_causal", "factors", "interleave", "modulate", "moments", "norm_rotate", "norm_turn", "normed", "quantise", "softmax", "swiglu", "to_fp8", "widen"]  # fmt: skip
+__all__ = ["add", "add_norm", "attend_causal", "factors", "gated", "interleave", "modulate", "moments", "norm_rotate", "norm_turn", "normed", "quantise", "softmax", "swiglu", "to_fp8", "widen", "within"]  # fmt: skip

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ SMALLEST = 1e-12  # of a row's largest number, so that a row of zeros has a scal
 MANY = 4096  # rows from which on a chosen algorithm is used: with fewer none was timed
 # cuBLASLt's algorithms by rows, empty where torch's choice is as good
 Chosen = tuple[tuple[int, bytes], ...]
+Known = Mapping[tuple[int, int], Chosen]  # by outputs and inputs
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Quantised:
 
     data: torch.Tensor
     scale: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.data)
 
     def __getitem__(self, part: slice) -> Quantised:
         return Quantised(self.data[part], self.scale[part])
@@ -66,11 +70,10 @@ class Scaled:
         return Quantised(rows, self.scale[:1].expand(len(rows), 1).contiguous())
 
 
-def algorithm_for(rows: int, known: Chosen) -> bytes:
-    """The one for the number of rows that is the nearest; empty for torch's choice."""
-    if rows < MANY or not known:
-        return b""
-    return min(known, key=lambda timed: abs(math.log(timed[0] / rows)))[1]
+def algorithm_for(rows: int, weight: torch.Tensor, known: Known) -> bytes:
+    """The one for a matrix and the number of rows that is the nearest; empty for torch's choice."""
+    chosen = known.get((weight.shape[0], weight.shape[1]), ()) if rows >= MANY else ()
+    return min(chosen, key=lambda timed: abs(math.log(timed[0] / rows)))[1] if chosen else b""
 
 
 @dataclass(frozen=True)
@@ -80,25 +83,35 @@ class Plain:
     Attributes:
         weight: [out, in].
         quantises: whether it wants its input in fp8.
-        algorithms: what is known to be fast, see `toolkit/matrices.py`.
+        known: what is fast, of matrices of all shapes, see `toolkit/matrices.py`.
     """
 
     weight: torch.Tensor
     quantises: bool = False
-    algorithms: Chosen = ()
+    known: Known = field(default_factory=dict)
 
     @property
     def features(self) -> int:
         """Width of the output."""
         return self.weight.shape[0]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the output."""
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """That it lies on."""
+        return self.weight.device
+
     def part(self, start: int, stop: int) -> Plain:
         """What gives some of the outputs, by reference."""
-        return Plain(self.weight[start:stop], algorithms=self.algorithms)
+        return Plain(self.weight[start:stop], known=self.known)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[count, in] to [count, out]."""
-        chosen = algorithm_for(len(x), self.algorithms)
+        chosen = algorithm_for(len(x), self.weight, self.known)
         if chosen and (found := multiply(chosen, x, self.weight, out)) is not None:
             return found
         return torch.mm(x, self.weight.t(), out=out)
@@ -121,6 +134,16 @@ class Joined:
         """Width of the output."""
         return sum(part.shape[0] for part in self.parts)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the output."""
+        return self.parts[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """That it lies on."""
+        return self.parts[0].device
+
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[count, in] to [count, out]."""
         out = x.new_empty(len(x), self.features) if out is None else out
@@ -139,36 +162,41 @@ class Fp8:
         scale: [1, out] fp32.
         dtype: of the output.
         quantises: whether it wants its input in fp8.
-        algorithms: see `Plain`.
+        known: see `Plain`.
     """
 
     weight: torch.Tensor
     scale: torch.Tensor
     dtype: torch.dtype
     quantises: bool = True
-    algorithms: Chosen = ()
+    known: Known = field(default_factory=dict)
 
     @classmethod
-    def of(cls, weight: torch.Tensor, quantise: Callable[[torch.Tensor], Quantised], algorithms: Chosen = ()) -> Fp8:  # fmt: skip
+    def of(cls, weight: torch.Tensor, quantise: Callable[[torch.Tensor], Quantised], known: Known | None = None) -> Fp8:  # fmt: skip
         """Quantise a matrix [out, in], by a function as `quantise`."""
         rows = quantise(weight)
-        return cls(rows.data, rows.scale.t().contiguous(), weight.dtype, algorithms=algorithms)
+        return cls(rows.data, rows.scale.t().contiguous(), weight.dtype, known=known or {})
 
     @property
     def features(self) -> int:
         """Width of the output."""
         return self.weight.shape[0]
 
+    @property
+    def device(self) -> torch.device:
+        """That it lies on."""
+        return self.weight.device
+
     def part(self, start: int, stop: int) -> Fp8:
         """What gives some of the outputs, by reference."""
-        return Fp8(self.weight[start:stop], self.scale[:, start:stop], self.dtype, algorithms=self.algorithms)  # fmt: skip
+        return Fp8(self.weight[start:stop], self.scale[:, start:stop], self.dtype, known=self.known)  # fmt: skip
 
     def __call__(self, x: Quantised, out: torch.Tensor | None = None) -> torch.Tensor:
         """[count, in] to [count, out]."""
         if x.data.device.type == "cpu":  # has no such kernel
             result = (x.wide() @ (self.weight.float() * self.scale.t()).t()).to(self.dtype)
             return result if out is None else out.copy_(result)
-        chosen = algorithm_for(len(x.data), self.algorithms)
+        chosen = algorithm_for(len(x), self.weight, self.known)
         if chosen and (found := multiply(chosen, x.data, self.weight, out, (x.scale, self.scale))) is not None:  # fmt: skip
             return found
         return torch._scaled_mm(
@@ -177,6 +205,21 @@ class Fp8:
 
 
 Matrix = Plain | Joined | Fp8
+
+
+def stack(parts: Sequence[tuple[Any, Matrix]], out: torch.Tensor | None = None) -> torch.Tensor:
+    """Products one below the other.
+
+    Args:
+        parts: inputs [count, in] and their matrices, all with as many outputs.
+        out: [sum of counts, out] to write to, None for a new one.
+    """
+    counts, first = [len(x) for x, _ in parts], parts[0][1]
+    if out is None:
+        out = torch.empty(sum(counts), first.features, dtype=first.dtype, device=first.device)
+    for (x, matrix), lines in zip(parts, out.split(counts), strict=True):
+        matrix(x, lines)
+    return out
 
 
 def quantise(x: torch.Tensor) -> Quantised:

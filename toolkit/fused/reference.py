@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
-from .matrix import Activations, Scaled, quantise, to_fp8
+from .matrix import Activations, Matrix, Scaled, quantise, stack, to_fp8
 from .reference_pixels import add, factors, interleave, moments, normed, softmax
 from .rows import Rows
 
-__all__ = ["add", "add_norm", "attend_causal", "factors", "interleave", "modulate", "moments", "norm_rotate", "norm_turn", "normed", "quantise", "softmax", "swiglu", "to_fp8", "widen"]  # fmt: skip
+__all__ = ["add", "add_norm", "attend_causal", "factors", "gated", "interleave", "modulate", "moments", "norm_rotate", "norm_turn", "normed", "quantise", "softmax", "swiglu", "to_fp8", "widen", "within"]  # fmt: skip
 
 EPS = 1e-6  # of the norms without weights
 HIDDEN = -1e30  # added to the score of what is not to be seen; finite in bf16, too
@@ -120,6 +122,31 @@ def swiglu(
         wide = attention.wide() if isinstance(attention, Scaled) else attention.float()
         out = torch.cat((rows.to_rows(wide), out), 1)
     return quantise(out) if fp8 else out.to(gate_up.dtype)
+
+
+def gated(
+    parts: Sequence[tuple[Activations, Matrix]],
+    rows: Rows,
+    attention: torch.Tensor | Scaled | None = None,
+    fp8: bool = False,
+) -> Activations:
+    """`swiglu` of products, which need not be written for that.
+
+    Args:
+        parts: inputs [count, C] and matrices of 2 * M outputs each, gates first; the products stand one below the other.
+        rows: what is where.
+        attention: as `swiglu`.
+        fp8: as `swiglu`.
+
+    Returns:
+        As `swiglu`.
+    """
+    return swiglu(stack(parts), rows, attention, fp8)
+
+
+def within(matrix: Matrix) -> bool:
+    """Whether SwiGLU is computed within the product by a matrix, so that it is worth a product of its own."""
+    return False
 
 
 def add_norm(

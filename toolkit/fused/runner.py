@@ -19,7 +19,7 @@ from ..matrices import known_algorithms
 from ..step_weights import Weights
 from . import reference
 from .graph import Graphs
-from .matrix import FP8, Chosen, Fp8, Joined, Matrix, Plain
+from .matrix import FP8, Fp8, Joined, Known, Matrix, Plain
 
 PRECISIONS = ("bf16", "fp8")
 STORED = (
@@ -131,13 +131,13 @@ class Runner:
 
             def made() -> Fp8:
                 whole = torch.cat([part.to(like.dtype) for part in parts])
-                return Fp8.of(whole, self.operations.quantise, self._chosen(whole, like))
+                return Fp8.of(whole, self.operations.quantise, self._known(like))
 
             return self._keep(parts, made)
         whole = tuple(self.plain(part, like) for part in parts)
         if len(whole) > 1:
             return Joined(whole)
-        return Plain(whole[0], algorithms=self._chosen(whole[0], like))
+        return Plain(whole[0], known=self._known(like))
 
     def matrix_of_file(self, like: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> Fp8:
         """A block's matrix that is in fp8 already.
@@ -155,12 +155,11 @@ class Runner:
         if data.device != like.device:
             raise Unknown(f"weights are on {data.device}")
         scales = self._keep((scale,), lambda: scale.float().reshape(1, 1).expand(1, len(data)).contiguous())  # fmt: skip
-        return Fp8(data, scales, like.dtype, algorithms=self._chosen(data, like))
+        return Fp8(data, scales, like.dtype, known=self._known(like))
 
-    def _chosen(self, weight: torch.Tensor, like: torch.Tensor) -> Chosen:
-        """What is known to multiply by a matrix the fastest, see `toolkit/matrices.py`."""
-        outputs, inputs = weight.shape
-        return self._algorithms.get((outputs, inputs), ()) if like.dtype == torch.bfloat16 else ()
+    def _known(self, like: torch.Tensor) -> Known:
+        """What multiplies by its matrices the fastest, see `toolkit/matrices.py`."""
+        return self._algorithms if like.dtype == torch.bfloat16 else {}
 
     def _check(self, weight: torch.Tensor, like: torch.Tensor) -> None:
         if like.dtype not in COMPUTED:

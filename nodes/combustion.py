@@ -46,7 +46,7 @@ class ArkSageCombustion(io.ComfyNode):
                     default="auto",
                     tooltip="auto: measures every kernel that runs on this card once and takes the fastest that passes a "
                     "check against fp32. sage...: SageAttention, slightly lossy, if installed. kitchen_int8: comfy-kitchen's, "
-                    "slightly lossy. cudnn_fp8: cuDNN's in fp8, lossy, only by name, if nvidia-cudnn-frontend is installed. cudnn, flash, efficient, math: torch's. flash3, flash4: FlashAttention, if installed. "
+                    "slightly lossy. cudnn_fp8: cuDNN's in fp8, lossy, only by name, if nvidia-cudnn-frontend is installed. cudnn, flash, efficient, math: torch's. flash3, flash4: FlashAttention, if installed; flash4 only by name. "
                     "none: ComfyUI's own, also cancelling an earlier override.",
                 ),
                 io.Combo.Input(

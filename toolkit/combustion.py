@@ -69,7 +69,7 @@ def measure_kernels(
     dtype: torch.dtype,
     kernels: Mapping[str, AttentionKernel] = KERNELS,
 ) -> list[Measurement]:
-    """Time every kernel that can run, and compare what it computes with attention in fp32.
+    """Time every kernel that can run and starts at once, and compare what it computes with attention in fp32.
 
     Args:
         hardware: what the device is.
@@ -89,6 +89,7 @@ def measure_kernels(
         kernel
         for kernel in kernels.values()
         if kernel.unavailable(hardware) is None
+        and not kernel.slow_start
         and dtype in kernel.dtypes
         and shape[-1] in kernel.head_dims
     ]

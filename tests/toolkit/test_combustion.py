@@ -136,6 +136,7 @@ FAKES = {
         AttentionKernel("elsewhere", (torch.float32,), fail, lambda hardware: "not here"),
         AttentionKernel("half", (torch.float16,), fail, everywhere),
         AttentionKernel("narrow", (torch.float32,), fail, everywhere, head_dims=(64,)),
+        AttentionKernel("slow", (torch.float32,), exact, everywhere, slow_start=True),
     )
 }  # fmt: skip
 

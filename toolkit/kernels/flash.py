@@ -1,4 +1,4 @@
-"""FlashAttention 3 and 4, where the user has built or installed them. Neither could be run by us."""
+"""FlashAttention 3 and 4, where the user has built or installed them. We could not run 3."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ KERNELS = (
         package="flash_attn_interface",
     ),
     AttentionKernel(
-        "flash4", HALF, _attend("flash_attn.cute"), needs((9, 0), None, "flash_attn.cute"), package="flash_attn.cute"
+        "flash4", HALF, _attend("flash_attn.cute"), needs((9, 0), None, "flash_attn.cute"), package="flash_attn.cute",
+        any_length=True, slow_start=True,  # its compiler takes 7 s to be imported, and 2 s for the first call
     ),
 )  # fmt: skip

@@ -30,6 +30,7 @@ class AttentionKernel:
         package: that it comes from; None for torch.
         attend_fp8: as `attend`, of q, k and v that are in fp8, the result, too; None if it has no such way.
         any_length: whether it is known to take a q of fewer tokens than k and v.
+        slow_start: whether each process waits seconds for it: then it is taken by name only.
     """
 
     name: str
@@ -41,6 +42,7 @@ class AttentionKernel:
     package: str | None = None
     attend_fp8: AttendFp8 | None = None
     any_length: bool = False
+    slow_start: bool = False
 
 
 def needs(

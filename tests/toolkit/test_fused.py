@@ -1,5 +1,6 @@
 """The fused operations: Triton against plain torch, interpreted on a CPU, compiled on a GPU."""
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ark.toolkit import step
 from ark.toolkit.fused import reference
 from ark.toolkit.fused.matrix import FP8, Fp8, Plain, quantise, to_fp8
 from ark.toolkit.fused.runner import Runner, Unknown, choose_engine, operations_for
@@ -123,6 +125,21 @@ def test_what_is_not_read_changes_nothing(batch, wanted_len, any_length, fp8):
     torch.testing.assert_close(found, everything[:, :kept], rtol=1e-4, atol=1e-5)
     assert found.shape == (batch, kept, 128)
     assert lengths == [17] * 3 + [kept if any_length else 17]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_large_product_in_two_parts_changes_nothing(precision, batch, monkeypatch):
+    weights = small_klein(precision)
+    weights = dataclasses.replace(weights, single=weights.single * 3)
+    inputs = torch.randn(batch, 12, 128), torch.randn(batch, 5, 96), torch.full((batch,), 0.7)
+    table, parts, own = rotary_table(torch.randint(0, 9, (17, 4))), [], reference.gated
+    monkeypatch.setattr(reference, "gated", lambda *given, **named: parts.append(1) or own(*given, **named))  # fmt: skip
+    whole = denoise(weights, *inputs, table)
+    assert len(parts) == 2  # of the double block, and of the last one
+    monkeypatch.setattr(step, "MANY", 17 * batch)
+    torch.testing.assert_close(denoise(weights, *inputs, table), whole, rtol=1e-4, atol=1e-5)
+    assert len(parts) == 2 + 4
 
 
 def test_kernels_that_do_not_run_are_not_used():

@@ -23,7 +23,7 @@ from ..toolkit.architecture import NEEDED_LAYERS, TEXT_TAPS, TextEncoderDims, ne
 from ..toolkit.embeddings import Embeddings
 from ..toolkit.igniter import open_model, strip_prefix
 from .cached_clip import CachedCLIP, encoder_name
-from .deliver import deliver
+from .deliver import deliver, upload
 from .residency import ResidentPatcher
 from .text_engine import TextEngine
 from .warmup import unset, warm_up
@@ -199,7 +199,7 @@ def embed_tokens(encoder: Any, tokens: list[list], device: torch.device) -> tupl
     if not all({*map(type, section)} == {int} and section[0] != PAD_TOKEN for section in tokens):
         return encoder.process_tokens(tokens, device)[:2]
     ends = torch.tensor([(*section, PAD_TOKEN).index(PAD_TOKEN) for section in tokens])
-    ids = torch.tensor(tokens, device=device)
+    ids = upload(torch.tensor(tokens), device)  # which waits for nothing that the device is at
     embeds = encoder.transformer.get_input_embeddings()(ids, out_dtype=torch.float32)
     present = torch.arange(ids.shape[1]) < ends[:, None]
     return embeds, present.long()
@@ -224,7 +224,7 @@ def _qwen3_class(taps: tuple[int, ...]) -> type:
                 return None
             device = layers[0].q.device
             embeds, present = embed_tokens(self, tokens, device)
-            given = layers, embeds, present.to(device), taps
+            given = layers, embeds, upload(present, device), taps
             if not record and not self.engine.settled(*given):
                 return None
             return self.engine.run(*given), present

@@ -9,6 +9,8 @@ import torch
 
 from .packages import PACKAGES, package_version
 
+HOPPER = 9, 0  # compute capability
+
 
 @dataclass(frozen=True)
 class Hardware:

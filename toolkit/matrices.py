@@ -19,7 +19,7 @@ from .ahead import settle
 from .architecture import MLP, TXT_LEN, USUAL_TOKENS
 from .fused.cublas import LENGTH, Product, form_of, library, multiply
 from .fused.matrix import Chosen, Fp8, Known, Plain, quantise
-from .hardware import Hardware, probe_hardware
+from .hardware import HOPPER, Hardware, probe_hardware
 from .notebook import recall, remember
 
 BOOK = "matrices"
@@ -29,7 +29,6 @@ FINALISTS = 4  # that are looked at so closely
 WORTH = 0.98  # of torch's time, at most
 # compute capability that has the precision, in fp8 with a scale a row
 FIRST = {"bf16": (8, 0), "fp8": (9, 0)}
-GATED = 9, 0
 Shape = tuple[int, int, int]  # rows of the input, outputs, inputs
 log = logging.getLogger("ark")
 
@@ -44,7 +43,7 @@ def usual_shapes(hidden: int, device: torch.device, precision: str, references: 
         references: how many pictures of the same size are edited.
     """
     mlp, qkv = MLP * hidden, 3 * hidden
-    gated = precision == "bf16" and probe_hardware(device).compute_capability == GATED
+    gated = precision == "bf16" and probe_hardware(device).compute_capability == HOPPER
     double = [(qkv, hidden), (hidden, hidden), (hidden, mlp)]
     double += [] if gated else [(2 * mlp, hidden)]
     single = [(qkv if gated else qkv + 2 * mlp, hidden), (hidden, hidden + mlp)]

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..hardware import HOPPER, probe_hardware
 from .launch import launch
 from .matrix import Activations, Matrix, Plain, Scaled, stack
 from .modulate import line_of
@@ -31,7 +32,6 @@ DEPTH = 128  # bytes of a row that are read at a time, the widest swizzle of the
 GROUP = 8  # tiles above one another that are at work together, as they share what they read
 STAGES, WARPS = 4, 8
 ALIGNED = 8  # numbers in 16 bytes, in which the copy engine counts
-HOPPER = 9, 0
 
 
 @triton.jit
@@ -95,7 +95,8 @@ def within(matrix: Matrix) -> bool:
     if TensorDescriptor is None or not isinstance(matrix, Plain) or matrix.dtype != torch.bfloat16:
         return False
     aligned = matrix.weight.shape[0] % (2 * ALIGNED) == 0 == matrix.weight.shape[1] % ALIGNED
-    return aligned and matrix.weight.is_contiguous() and _capability(matrix.device) == HOPPER
+    here = probe_hardware(matrix.device).compute_capability == HOPPER
+    return here and aligned and matrix.weight.is_contiguous()
 
 
 def gated_product(
@@ -132,11 +133,6 @@ def _operands(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> tuple
         TensorDescriptor.from_tensor(out, [ROWS, COLUMNS]),
         count,
     )
-
-
-@functools.lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 @functools.lru_cache

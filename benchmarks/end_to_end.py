@@ -29,6 +29,8 @@ from ark import bootstrap
 from ark.benchmarks import first_image
 from ark.benchmarks.first_image import EMBEDDED, FILES, STATIC, node
 from ark.benchmarks.models import (
+    BY_NAME,
+    by_name,
     model_folder,
     text_encoder_shapes,
     transformer_shapes,
@@ -42,7 +44,10 @@ from ark.toolkit.matrices import choose_algorithms, usual_shapes
 ARK = {
     "bf16": {"attention": "auto", "precision": "bf16"},
     "fp8": {"attention": "auto", "precision": "fp8"},
-    "fp8_attention": {"attention": "cudnn_fp8", "precision": "fp8"},
+    **{
+        case: {"attention": attention, "precision": precision}
+        for case, (precision, attention) in BY_NAME.items()
+    },
 }  # a server for each: in one, the weights would leave for each other in turns
 SERVERS = {**dict.fromkeys(ARK, ()), "comfyui_static": STATIC, "comfyui_dynamic": ()}
 FLAGS = ["--preview-method", "none"]  # the host's own default; a preview makes every step wait
@@ -146,7 +151,8 @@ def main() -> None:
         folders = {} if args.tiny else {kind: [folder] for kind in kinds}
         servers = {}
         for name, flags in SERVERS.items():
-            if args.tiny and name not in ("bf16", "fp8"):
+            usual = name in ("bf16", "fp8")
+            if not usual and (args.tiny or (name in BY_NAME and name not in by_name("cuda"))):
                 continue
             host = stack.enter_context(bootstrap.Host.start(args.comfyui, extra_args=[*FLAGS, *flags], model_folders=folders))  # fmt: skip
             servers[name] = Server(name, host, args)

@@ -33,6 +33,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ark.benchmarks.models import (
+    by_name,
     model_folder,
     text_encoder_shapes,
     transformer_shapes,
@@ -44,7 +45,6 @@ from ark.benchmarks.record import bar_chart, row, write_record
 SCRIPT = Path(__file__).resolve().parent.parent / "ignite_ark_4b.py"
 PROMPT = "a red fox in the snow, number {}"
 STEPS = 4
-FP8_ATTENTION = "cudnn_fp8"
 
 
 def arguments() -> argparse.Namespace:
@@ -236,19 +236,13 @@ def load_all(args: argparse.Namespace, turns: int) -> dict:
 
 def new_prompts(args: argparse.Namespace, turns: int) -> list[dict]:
     """A prompt that was never encoded to the picture, in turns."""
-    import torch
-
     from ark.patches.diffusers import ignite
     from ark.patches.pipeline import load_pipeline
     from ark.patches.render import Renderer
-    from ark.toolkit.hardware import probe_hardware
     from ark.toolkit.jobs import Job
-    from ark.toolkit.kernels import KERNELS
 
     device, size = device_and_size(args)
-    settings = {"bf16": ("bf16", "auto"), "fp8": ("fp8", "auto")}
-    if KERNELS[FP8_ATTENTION].unavailable(probe_hardware(torch.device(device))) is None:
-        settings["fp8_attention"] = ("fp8", FP8_ATTENTION)
+    settings = {"bf16": ("bf16", "auto"), "fp8": ("fp8", "auto"), **by_name(device)}
     splits: dict[str, list[dict[str, float]]] = {f"ark_{name}": [] for name in settings}
     makers: dict[str, Callable[[str, int], object]] = {}
 

@@ -72,6 +72,7 @@ def floor(engine, model, size: int, batch: int = 1, references: int = 0) -> floa
     import torch
     import torch.nn.functional as F
 
+    from ark.benchmarks.models import BY_NAME
     from ark.toolkit.kernels import KERNELS
 
     flux = model.model.diffusion_model
@@ -81,9 +82,9 @@ def floor(engine, model, size: int, batch: int = 1, references: int = 0) -> floa
     heads = flux.num_heads
     qkv = torch.randn(3, batch, sum(lengths) // batch, heads, 128, device=device, dtype=dtype)
     override = model.model_options["transformer_options"].get("optimized_attention_override")
-    kernel = (
-        "cudnn" if override and override.kernel == "cudnn_fp8" else override and override.kernel
-    )
+    kernel = override and override.kernel
+    if kernel in {attention for _, attention in BY_NAME.values()}:
+        kernel = "cudnn"
     attend = KERNELS[kernel].attend if kernel else F.scaled_dot_product_attention
     inputs: dict = {}
 

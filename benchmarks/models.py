@@ -13,7 +13,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ark.toolkit.hardware import probe_hardware
+from ark.toolkit.kernels import KERNELS
+
+# precision and attention kernel of cases whose kernel is taken by name only
+BY_NAME = {"bf16_flash4": ("bf16", "flash4"), "fp8_attention": ("fp8", "cudnn_fp8")}
 Shapes = dict[str, tuple[int, ...]]
+
+
+def by_name(device: torch.device | str) -> dict[str, tuple[str, str]]:
+    """Those of BY_NAME that run on a device."""
+    hardware = probe_hardware(torch.device(device))
+    return {case: how for case, how in BY_NAME.items() if KERNELS[how[1]].unavailable(hardware) is None}  # fmt: skip
 
 
 def transformer_shapes(hidden: int = 3072, double: int = 5, single: int = 20, context: int = 7680) -> Shapes:  # fmt: skip

@@ -30,9 +30,6 @@ CASES = {
     "batch4": {"size": 1024, "batch": 4},
     "edit1": {"size": 1024, "references": 1},
 }
-FP8_ATTENTION = (
-    "cudnn_fp8"  # where it runs, a case of its own; its floor has cuDNN's attention in bf16
-)
 TINY = {name: {**how, "size": 128} for name, how in CASES.items()}
 
 
@@ -102,25 +99,26 @@ def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict], str]:
     """The rows, and a table of kernels."""
     import torch
 
+    from ark.benchmarks.models import by_name
     from ark.benchmarks.record import row
     from ark.patches.attention import set_attention
     from ark.patches.fused import engine_on, set_fused
     from ark.patches.warmup import choose_matrices
-    from ark.toolkit.hardware import probe_hardware
-    from ark.toolkit.kernels import KERNELS
+    from ark.toolkit.matrices import choose_algorithms, usual_shapes
 
     model, width = load_klein(folder, args.tiny)
     print(set_attention(model, "auto")[1])
     choose_matrices(model, lambda: False)  # as a server does that has nothing to do
+    device, hidden = torch.device(model.load_device), model.model.diffusion_model.hidden_size
+    # the floor's, too, where no product has SwiGLU in it, as in fp8
+    choose_algorithms(device, usual_shapes(hidden, device, "fp8"), "bf16")
 
     def fused(precision: str, kernel: str = "auto"):  # noqa: ANN202
         """On a model of its own: as in a server, none is set up anew for another one's turn."""
         return set_fused(set_attention(load_klein(folder, args.tiny)[0], kernel)[0], precision)[0]
 
     models = {"comfyui": model, "bf16": fused("bf16"), "fp8": fused("fp8")}
-    device = torch.device(model.load_device)
-    if KERNELS[FP8_ATTENTION].unavailable(probe_hardware(device)) is None:
-        models["fp8_attention"] = fused("fp8", FP8_ATTENTION)
+    models |= {name: fused(*how) for name, how in by_name(device).items()}
     engines = {name: engine_on(m) for name, m in models.items() if name != "comfyui"}
     rows: list[dict] = []
 

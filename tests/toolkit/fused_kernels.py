@@ -5,8 +5,7 @@ import os
 import pytest
 import torch
 
-from ark.toolkit.fused import fast, reference
-from ark.toolkit.fused.gated import gated_product
+from ark.toolkit.fused import fast, gated, reference
 from ark.toolkit.fused.matrix import Plain, Quantised
 from ark.toolkit.fused.rows import Rows
 
@@ -136,13 +135,38 @@ def test_gated(random, case, way):
     attention = (
         random(HALF, rows.batch, rows.seq_len, 128 * case[3]) if way == "attention" else None
     )
-    found = gated_product(parts, rows, attention)
+    found = gated.gated_product(parts, rows, attention)
     exact = torch.cat([part.float() @ matrix.weight.float().t() for part, matrix in parts])
     check(found, reference.swiglu(exact, rows, attention).to(HALF))
     if HOPPER:
         assert fast.within(matrices[0])
         assert torch.equal(fast.gated(parts, rows, attention), found)
     check(fast.gated(parts, rows, attention, fp8=True), reference.gated(parts, rows, attention, fp8=True))  # fmt: skip
+
+
+def test_a_product_that_cannot_have_swiglu_in_it_is_made_without(random, monkeypatch, caplog):
+    error: Exception = RuntimeError("no such descriptor\nand a long trace")
+    tried = []
+
+    def fails(*given):
+        tried.append(given)
+        raise error
+
+    rows, parts = Rows(1, 0, 6), [(random(HALF, 6, 96), Plain(random(HALF, 256, 96)))]
+    monkeypatch.setattr(gated, "_refusals", [])
+    monkeypatch.setattr(gated, "within", lambda matrix: not gated._refusals)
+    monkeypatch.setattr(gated, "gated_product", fails)
+    for _ in range(2):
+        check(fast.gated(parts, rows), reference.gated(parts, rows))
+    assert len(tried) == 1 and caplog.text.count("(no such descriptor).") == 1
+    assert not fast.within(parts[0][1])
+    gated._refusals.clear()
+    error = torch.cuda.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(
+        torch.cuda.OutOfMemoryError
+    ):  # which the engine knows better what to do about
+        fast.gated(parts, rows)
+    assert not gated._refusals
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

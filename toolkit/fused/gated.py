@@ -8,6 +8,7 @@ than it costs.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ DEPTH = 128  # bytes of a row that are read at a time, the widest swizzle of the
 GROUP = 8  # tiles above one another that are at work together, as they share what they read
 STAGES, WARPS = 4, 8
 ALIGNED = 8  # numbers in 16 bytes, in which the copy engine counts
+_refusals: list[str] = []  # why the kernel is not used any more
+log = logging.getLogger("ark")
 
 
 @triton.jit
@@ -85,14 +88,22 @@ def gated(
     fp8: bool = False,
 ) -> Activations:
     """As `reference.gated`."""
-    if fp8 or isinstance(attention, Scaled) or not all(within(matrix) for _, matrix in parts):
-        return swiglu(stack(parts), rows, attention, fp8)
-    return gated_product(parts, rows, attention)
+    if not (fp8 or isinstance(attention, Scaled)) and all(within(matrix) for _, matrix in parts):
+        try:
+            return gated_product(parts, rows, attention)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # what another Triton or driver may not do
+            _refusals.append((str(error).splitlines() or [type(error).__name__])[0])
+            log.warning("Ark fused: SwiGLU is computed apart from its product (%s).", _refusals[0])
+    return swiglu(stack(parts), rows, attention, fp8)
 
 
 def within(matrix: Matrix) -> bool:
     """Whether SwiGLU is computed within the product by a matrix."""
-    if TensorDescriptor is None or not isinstance(matrix, Plain) or matrix.dtype != torch.bfloat16:
+    if TensorDescriptor is None or _refusals:
+        return False
+    if not isinstance(matrix, Plain) or matrix.dtype != torch.bfloat16:
         return False
     aligned = matrix.weight.shape[0] % (2 * ALIGNED) == 0 == matrix.weight.shape[1] % ALIGNED
     here = probe_hardware(matrix.device).compute_capability == HOPPER

@@ -145,8 +145,7 @@ def main() -> None:
             write_random(folder / FILES["vae"], vae_shapes(), torch.float32)
             # as each server would that idles, but they would do it at once
             for precision in PRECISIONS:
-                card = torch.device("cuda", 0)
-                choose_algorithms(card, usual_shapes(HIDDEN, card, precision), precision)
+                choose_algorithms(torch.device("cuda", 0), usual_shapes(HIDDEN), precision)
         kinds = ("diffusion_models", "text_encoders", "vae")
         folders = {} if args.tiny else {kind: [folder] for kind in kinds}
         servers = {}

@@ -64,7 +64,7 @@ def main() -> None:
     device, rows = torch.device("cuda", torch.cuda.current_device()), []
     with torch.inference_mode():
         for precision in PRECISIONS:
-            shapes = usual_shapes(HIDDEN, device, precision)
+            shapes = usual_shapes(HIDDEN)
             choose_algorithms(device, shapes, precision)
             known = known_algorithms(device, precision)
             rows += [compare(device, shape, precision, known, args.turns) for shape in shapes]

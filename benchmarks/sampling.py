@@ -104,14 +104,11 @@ def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict], str]:
     from ark.patches.attention import set_attention
     from ark.patches.fused import engine_on, set_fused
     from ark.patches.warmup import choose_matrices
-    from ark.toolkit.matrices import choose_algorithms, usual_shapes
 
     model, width = load_klein(folder, args.tiny)
     print(set_attention(model, "auto")[1])
     choose_matrices(model, lambda: False)  # as a server does that has nothing to do
-    device, hidden = torch.device(model.load_device), model.model.diffusion_model.hidden_size
-    # the floor's, too, where no product has SwiGLU in it, as in fp8
-    choose_algorithms(device, usual_shapes(hidden, device, "fp8"), "bf16")
+    device = torch.device(model.load_device)
 
     def fused(precision: str, kernel: str = "auto"):  # noqa: ANN202
         """On a model of its own: as in a server, none is set up anew for another one's turn."""

@@ -140,8 +140,7 @@ def ignite(
         kernel, set_on.report = select_attention_kernel(attention, hardware, weight.device, shape, weight.dtype)  # fmt: skip
     if engine == "fused":
         if precision in PRECISIONS and weight.dtype is torch.bfloat16:
-            shapes = usual_shapes(heads * HEAD_DIM, weight.device, precision, (0,))
-            choose_algorithms(weight.device, shapes, precision)
+            choose_algorithms(weight.device, usual_shapes(heads * HEAD_DIM, (0,)), precision)
         set_on.runner, detach = attach_fused(transformer, precision, kernel.name if kernel else None)  # fmt: skip
         set_on._detach.append(detach)
         set_on.report += f"\nengine: fused, {precision}, {set_on.runner.how}."

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -27,11 +26,12 @@ from .stay import KNOWN
 # of a model, that are known here; the second is for hooks
 OPTIONS = {"transformer_options", "to_load_options"}
 BETWEEN = "predict_noise", "calc_cond_batch"  # of the host's WrappersMP: what is left out
+CONTEXTS = torch.no_grad().__call__.__globals__["__name__"]  # where torch's decorators are
 EACH_STEP = "on_prepare_state"  # of its CallbacksMP
 # what is left out, too, unless another pack has put its own there
 LEFT_OUT = {
     comfy.samplers: (
-        "calc_cond_batch", "sampling_function", "cfg_function", "get_area_and_mult", "KSAMPLER.sample", "CFGGuider.__call__",
+        "calc_cond_batch", "_calc_cond_batch_outer", "_calc_cond_batch", "sampling_function", "cfg_function", "get_area_and_mult", "KSAMPLER.sample", "CFGGuider.__call__",
         "CFGGuider.predict_noise", "KSamplerX0Inpaint.__call__",
     ),
     comfy.k_diffusion.sampling: ("sample_euler", "to_d"),
@@ -68,6 +68,8 @@ def run_steps(
     """
     options = extra_args["model_options"]
     reason = "a mask" if denoise_mask is not None else _unusual(guider, options)
+    if sigmas.dtype != noise.dtype:  # in which the host would go on
+        reason = f"sigmas in {sigmas.dtype}"
     if reason is not None:
         log.debug("Ark sampler: ComfyUI's own steps run (%s).", reason)
         return hosts(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)  # fmt: skip
@@ -116,12 +118,23 @@ def _unusual(guider: Any, options: dict) -> str | None:
         return f"wrappers of other nodes: {', '.join(found)}"
     if base.current_patcher.get_all_callbacks(EACH_STEP):
         return "callbacks of other nodes"
-    replaced = [name for module, names in LEFT_OUT.items() for name in names if not _is_hosts(module, name)]  # fmt: skip
+    replaced = [name for module, names in LEFT_OUT.items() for name in names if not is_hosts(module, name)]  # fmt: skip
     return f"another pack's {', '.join(replaced)}" if replaced else None
 
 
-def _is_hosts(module: Any, name: str) -> bool:
-    return operator.attrgetter(name)(module).__module__ == module.__name__
+def is_hosts(module: Any, name: str) -> bool:
+    """Whether a function of a host's module is still its own: nobody has put another there, or around it."""
+    found = functools.reduce(
+        lambda owner, part: getattr(owner, part, None), name.split("."), module
+    )
+    if _home(found) == CONTEXTS:  # torch.no_grad, which the host has put around
+        found = getattr(found, "__wrapped__", None)
+    return _home(found) == module.__name__
+
+
+def _home(function: Any) -> str | None:
+    """The module that it was written in; `__module__` is what `functools.wraps` makes of it."""
+    return getattr(function, "__globals__", {}).get("__name__")
 
 
 def shortened(sampler: Any) -> Any:

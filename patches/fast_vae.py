@@ -105,7 +105,8 @@ class FastVAE(comfy.sd.VAE):
         try:
             with current(self.device):
                 return self._made(result, lambda x: self.process_output(engine.decode(record, x)))
-        except torch.cuda.OutOfMemoryError:  # it is decoded when it is asked for
+        except RuntimeError as error:  # out of memory, too; it is decoded when it is asked for
+            log.info("Ark VAE: a picture could not be begun ahead (%s).", str(error).splitlines()[0])  # fmt: skip
             return None
 
     def _fits(self, way: str) -> bool:

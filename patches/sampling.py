@@ -19,7 +19,7 @@ from ..toolkit.late import Coming, Late
 from ..toolkit.schedule import klein_sigmas
 from . import fast_vae
 from .deliver import deliver, pinned, upload
-from .euler import shortened
+from .euler import is_hosts, shortened
 from .guard import KEY, SAMPLER_SAMPLE
 from .references import REFERENCES
 from .sampling_inputs import check_conditioning, check_latent, check_mask, check_model, check_sigmas
@@ -98,7 +98,7 @@ def sample_klein(
     except torch.cuda.OutOfMemoryError as error:
         # of the same type, as the host then frees what it holds
         raise torch.cuda.OutOfMemoryError(_too_large(samples, positive)) from error
-    return {**latent, "samples": _hand_over(result)}
+    return {**latent, "samples": _hand_over(result, wanted=preview)}
 
 
 def _sampler(model: Any, guider: Any, noise: _Noise) -> Any:
@@ -111,9 +111,11 @@ def _sampler(model: Any, guider: Any, noise: _Noise) -> Any:
     return sampler
 
 
-def _hand_over(result: torch.Tensor) -> torch.Tensor:
+def _hand_over(result: torch.Tensor, wanted: bool) -> torch.Tensor:
     """Latents where the host wants them; their picture is begun meanwhile, if that is likely to be wanted next."""
     device = comfy.model_management.intermediate_device()
+    if not wanted:
+        return deliver(result, device)
     begin = functools.partial(fast_vae.latents.begin, tuple(result.shape), result)
     return fast_vae.latents.made(deliver(result, device, wanted_there=True, meanwhile=begin))
 
@@ -136,11 +138,12 @@ class _Noise:
         wrappers = model.wrappers, options.get("wrappers", {})  # either way
         seen = any(found.get(kind, {}).keys() - {KEY} for found in wrappers for kind in SEEING_NOISE)  # fmt: skip
         # nobody has replaced it
-        own = comfy.sample.prepare_noise.__module__ == comfy.sample.__name__
+        own = is_hosts(comfy.sample, "prepare_noise")
         usual = indices is None and samples.dtype is torch.float32 and own and not seen
         source = None
         if usual:
-            source = pinned(samples) if device.type == "cuda" else torch.empty_like(samples)
+            # in order, as it is drawn, however the latents lie
+            source = pinned(samples) if device.type == "cuda" else torch.empty(samples.shape)
         if source is None:
             self._coming = None
             self.tensor = upload(comfy.sample.prepare_noise(samples, seed, indices), device)

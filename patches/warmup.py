@@ -73,7 +73,7 @@ def choose_matrices(model: Any, busy: Callable[[], bool]) -> None:
     if device.type != "cuda" or dtype is not torch.bfloat16 or torch.cuda.mem_get_info(device)[0] < ROOM:  # fmt: skip
         return
     for precision in PRECISIONS:
-        shapes = usual_shapes(model.model.diffusion_model.hidden_size, device, precision)
+        shapes = usual_shapes(model.model.diffusion_model.hidden_size)
         choose_algorithms(device, shapes, precision, busy)
 
 

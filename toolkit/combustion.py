@@ -185,9 +185,10 @@ def measured_kernels(
 def known_kernels(
     hardware: Hardware, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> list[Measurement] | None:
-    """What `measured_kernels` remembers, None if nothing."""
+    """What `measured_kernels` remembers, None if nothing; of an older Ark's, what would be measured today."""
     try:
-        return [Measurement(**fields) for fields in recall(BOOK, _key(hardware, shape, dtype))]
+        found = [Measurement(**fields) for fields in recall(BOOK, _key(hardware, shape, dtype))]
+        return [m for m in found if m.name in KERNELS and not KERNELS[m.name].slow_start] or None
     except TypeError:  # none yet, or not ours
         return None
 

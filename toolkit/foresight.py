@@ -65,8 +65,13 @@ class Foresight:
     def made(self, result: torch.Tensor) -> torch.Tensor:
         """The result as others get it; returned as it is. Of one that torch counts no writes of nothing is known."""
         if not result.is_inference():
-            self._result, self._version = weakref.ref(result), result._version
+            self._result, self._version = weakref.ref(result, self._gone), result._version
         return result
+
+    def _gone(self, result: weakref.ref) -> None:
+        """Nobody can take it any more."""
+        if self._result is result:
+            self._begun = None
 
     def take(self, taker: Taker, result: torch.Tensor) -> Any:
         """What was begun for this result, by this taker; None if nothing was, or if it was written to."""

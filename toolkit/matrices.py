@@ -1,6 +1,6 @@
 """Which algorithm of cuBLASLt multiplies by a model's matrices: measured once a card, under the load of whole pictures.
 
-Only what gives torch's own numbers bit for bit is considered, so a choice changes no picture.
+Only what gives torch's own numbers bit for bit, at the sizes that are timed, is considered.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .ahead import settle
 from .architecture import MLP, TXT_LEN, USUAL_TOKENS
 from .fused.cublas import LENGTH, Product, form_of, library, multiply
 from .fused.matrix import Chosen, Fp8, Known, Plain, quantise
-from .hardware import HOPPER, Hardware, probe_hardware
+from .hardware import Hardware, probe_hardware
 from .notebook import recall, remember
 
 BOOK = "matrices"
@@ -33,20 +33,16 @@ Shape = tuple[int, int, int]  # rows of the input, outputs, inputs
 log = logging.getLogger("ark")
 
 
-def usual_shapes(hidden: int, device: torch.device, precision: str, references: Sequence[int] = (0, 1)) -> list[Shape]:  # fmt: skip
-    """The large products of a step at 1024x1024: of a double block's image stream, and of a single block.
+def usual_shapes(hidden: int, references: Sequence[int] = (0, 1)) -> list[Shape]:
+    """The large products of a step at 1024x1024: of a double block's image stream, and of a single block, whose first may be two.
 
     Args:
         hidden: the model's width.
-        device: to run on; where SwiGLU is part of a product that is none of cuBLASLt's, see `fused/gated.py`.
-        precision: of the inputs.
         references: how many pictures of the same size are edited.
     """
     mlp, qkv = MLP * hidden, 3 * hidden
-    gated = precision == "bf16" and probe_hardware(device).compute_capability == HOPPER
-    double = [(qkv, hidden), (hidden, hidden), (hidden, mlp)]
-    double += [] if gated else [(2 * mlp, hidden)]
-    single = [(qkv if gated else qkv + 2 * mlp, hidden), (hidden, hidden + mlp)]
+    double = [(qkv, hidden), (hidden, hidden), (2 * mlp, hidden), (hidden, mlp)]
+    single = [(qkv + 2 * mlp, hidden), (qkv, hidden), (hidden, hidden + mlp)]
     shapes: list[Shape] = []
     for count in references:
         img_len = (1 + count) * (USUAL_TOKENS - TXT_LEN)
@@ -69,7 +65,7 @@ def _known(device: torch.device, precision: str) -> dict[Shape, bytes]:
     found: dict[Shape, bytes] = {}
     try:
         for (count, outputs, inputs), algorithm in recall(BOOK, key):
-            if len(kept := bytes.fromhex(algorithm)) in (0, LENGTH):
+            if len(kept := bytes.fromhex(algorithm)) in (0, LENGTH) and int(count) > 0:
                 found[int(count), int(outputs), int(inputs)] = kept
     except (TypeError, ValueError, LookupError):  # none yet, or not ours
         return {}

@@ -1,6 +1,7 @@
 """Run inside a host's Python path: `euler_run.py HOST PACK_PARENT OUT`; Ark's Euler steps against the host's, as JSON."""
 
 import contextlib
+import functools
 import io
 import json
 import sys
@@ -111,6 +112,16 @@ with torch.inference_mode():
     comfy.samplers.calc_cond_batch = lambda *given: calc(*given)
     compare("hosts", "another pack's own", model, conditioning())
     comfy.samplers.calc_cond_batch = calc
+    for owner, name in ((comfy.samplers, "_calc_cond_batch"), (comfy.samplers.KSAMPLER, "sample")):
+        hosts = getattr(owner, name)
+        around = functools.wraps(hosts)(lambda *given, hosts=hosts, **named: hosts(*given, **named))
+        setattr(owner, name, around)  # which says that it is the host's
+        compare("hosts", f"around {name}", model, conditioning())
+        setattr(owner, name, hosts)
+    ways.clear()
+    compare("hosts", "sigmas in double", model, conditioning(), sigmas=torch.tensor([0.9, 0.7, 0.2, 0.0]).double())  # fmt: skip
+    double = found["hosts"].pop("sigmas in double")
+    found["double"] = double[0]
     ways.clear()
     compare("hosts", "mask", model, conditioning(), latent={"noise_mask": torch.ones(1, 64, 80)})
 out.write_text(json.dumps(found))

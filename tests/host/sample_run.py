@@ -302,6 +302,28 @@ with torch.inference_mode():
     comfy.sample.prepare_noise = own
     results["noise by another pack"] = [len(asked), torch.equal(replaced, plain["samples"])]
 
+    lies = torch.rot90(torch.zeros(1, 128, 4, 6), 1, (2, 3))  # its rows lie where columns are
+    turned, straight = (ArkSampler4Step.execute(ours, chained, {"samples": x}, SEED, 1, 1.0)[0]["samples"] for x in (lies, lies.contiguous()))  # fmt: skip
+    results["latents that lie otherwise"] = [lies.is_contiguous(), torch.equal(turned, straight)]
+
+    class Watching:
+        def __init__(self):
+            self.asked = []
+
+        def begin(self, kind, result):
+            self.asked.append("begin")
+
+        def made(self, result):
+            self.asked.append("made")
+            return result
+
+    own, results["begun ahead"] = sampling.fast_vae.latents, []
+    for preview in (True, False):
+        sampling.fast_vae.latents = Watching()
+        sampling.sample_klein(ours, chained, empty(64, 64), SEED, 1, 1.0, preview=preview)
+        results["begun ahead"].append(sampling.fast_vae.latents.asked)
+    sampling.fast_vae.latents = own
+
     def full(executor, *arguments, **options):
         raise torch.cuda.OutOfMemoryError("as a card would say it")
 

@@ -21,5 +21,5 @@ def test_one_conditioning_of_the_whole_picture_goes_the_short_way(found):
 
 def test_everything_else_goes_the_hosts_way(found):
     masked = found["hosts"].pop("mask")
-    assert len(found["hosts"]) == 11 and masked == [True]
+    assert len(found["hosts"]) == 13 and masked == [True] and found["double"]
     assert {name: result for name, result in found["hosts"].items() if result != [True, False]} == {}  # fmt: skip

@@ -74,6 +74,14 @@ def test_the_generators_are_left_as_the_host_does(found):
     assert found["numbers drawn after it"]
 
 
+def test_noise_is_the_same_however_latents_lie(found):
+    assert found["latents that lie otherwise"] == [False, True]
+
+
+def test_a_picture_is_begun_only_of_what_somebody_will_see(found):
+    assert found["begun ahead"] == [["begin", "made"], []]
+
+
 def test_another_packs_noise_is_taken(found):
     assert found["noise by another pack"] == [1, True]
 

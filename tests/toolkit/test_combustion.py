@@ -1,5 +1,6 @@
 """The kernel registry: a decision and its reason, never a silent one."""
 
+import dataclasses
 import re
 import threading
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import torch
 
 from ark.toolkit import combustion
 from ark.toolkit.combustion import (
+    Measurement,
     measure_kernels,
     measured_kernels,
     select_attention_kernel,
@@ -170,6 +172,7 @@ def test_auto_takes_the_fastest_that_passed_and_shows_the_table(tmp_path, monkey
 def test_a_measurement_is_remembered_for_this_card_shape_and_versions(tmp_path, monkeypatch):
     monkeypatch.setenv("ARK_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(combustion, "STEADY", 1e9)
+    monkeypatch.setattr(combustion, "KERNELS", FAKES)
     count = []
     monkeypatch.setattr(
         combustion, "measure_kernels", lambda *a: count.append(a) or measure_kernels(*a, FAKES)
@@ -184,6 +187,16 @@ def test_a_measurement_is_remembered_for_this_card_shape_and_versions(tmp_path, 
     (tmp_path / "attention.json").write_text('{"x"')
     assert len(measured_kernels(HOPPER, place, shape, torch.float32)) == len(first)
     assert len(count) == 4
+
+
+def test_what_is_no_longer_taken_by_itself_is_not_remembered_either(tmp_path, monkeypatch):
+    monkeypatch.setenv("ARK_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(combustion, "KERNELS", FAKES)
+    what = HOPPER, (1, 2, 30, 128), torch.float32
+    noted = [Measurement(name, 0.1 * ms, 1.0, 0.0, 1.0) for ms, name in enumerate(("slow", "gone", "exact"))]  # fmt: skip
+    for kept, known in ((noted, noted[2:]), (noted[:2], None)):
+        combustion.remember(combustion.BOOK, combustion._key(*what), [dataclasses.asdict(m) for m in kept])  # fmt: skip
+        assert combustion.known_kernels(*what) == known
 
 
 def test_what_was_measured_on_a_busy_device_is_not_remembered(tmp_path, monkeypatch):

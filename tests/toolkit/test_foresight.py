@@ -1,6 +1,7 @@
 """What was done with results is begun for the next ones, and only for those that it is done with."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -94,6 +95,28 @@ def test_nobody_is_kept_for_it(run):
     del taker
     gc.collect()
     assert run(Taker()) is None
+
+
+def test_what_nobody_can_take_any_more_is_given_up():
+    class Begun:
+        pass
+
+    class Maker:
+        def begin(self, result):
+            made.append(weakref.ref(begun := Begun()))
+            return begun
+
+    foresight, maker, made = Foresight(), Maker(), []
+    for number in range(3):
+        foresight.begin("a", number)
+        result = foresight.made(torch.zeros(3))
+        assert (foresight.take(maker, result) is None) == (number == 0)
+    foresight.begin("a", 3)
+    result = foresight.made(torch.zeros(3))
+    assert made[-1]() is not None
+    del result
+    gc.collect()
+    assert made[-1]() is None
 
 
 def test_of_many_kinds_the_last_are_known(run):

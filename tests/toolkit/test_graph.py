@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from ark.toolkit.fused import allocator
+from ark.toolkit.fused import allocator, graph
 from ark.toolkit.fused.allocator import refusal
 from ark.toolkit.probe import probe
 
@@ -17,6 +17,23 @@ def test_what_is_recorded_gives_what_runs(backend, monkeypatch):
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", f"backend:{backend}")
     found = probe(("cuda_graph",))["cuda_graph"]
     assert found.problem is None and found.facts == {"backend": backend}
+
+
+def test_what_can_no_longer_be_replayed_is_made_anew(monkeypatch):
+    class Given:
+        device, dtype, shape = torch.device("cuda", 0), torch.float32, (1,)
+
+    class Fails:
+        def replay(self, inputs):
+            raise RuntimeError("CUDA error: out of memory\nand more")
+
+    monkeypatch.setattr(graph, "run_there", lambda function, *inputs, device: function(*inputs))
+    monkeypatch.setattr(graph, "refusal", lambda: None)
+    graphs, given = graph.Graphs(after=3), Given()
+    graphs._recorded[graph._with_forms("step", (given,))] = Fails()
+    assert graphs.settled("step", given) and graphs.recorded == 1
+    assert graphs.run("step", lambda x: ("run", x), given) == ("run", given)
+    assert graphs.recorded == 0 and graphs.why_not is None
 
 
 @pytest.fixture

@@ -36,16 +36,13 @@ def card(monkeypatch, tmp_path):
     return timed
 
 
-def test_the_usual_shapes_are_kleins(card):
-    device = torch.device("cuda", 0)
-    assert matrices.usual_shapes(3072, device, "fp8", (0,)) == [
-        (4096, 9216, 3072), (4096, 3072, 3072), (4096, 3072, 9216), (4096, 18432, 3072), (4608, 27648, 3072), (4608, 3072, 12288),
+def test_the_usual_shapes_are_kleins():
+    assert matrices.usual_shapes(3072, (0,)) == [
+        (4096, 9216, 3072), (4096, 3072, 3072), (4096, 18432, 3072), (4096, 3072, 9216),
+        (4608, 27648, 3072), (4608, 9216, 3072), (4608, 3072, 12288),
     ]  # fmt: skip
-    assert matrices.usual_shapes(3072, device, "bf16", (0,)) == [
-        (4096, 9216, 3072), (4096, 3072, 3072), (4096, 3072, 9216), (4608, 9216, 3072), (4608, 3072, 12288),
-    ]  # fmt: skip
-    rows = [shape[0] for shape in matrices.usual_shapes(3072, device, "fp8")]
-    assert rows == [4096] * 4 + [4608] * 2 + [8192] * 4 + [8704] * 2
+    rows = [shape[0] for shape in matrices.usual_shapes(3072)]
+    assert rows == [4096] * 4 + [4608] * 3 + [8192] * 4 + [8704] * 3
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -112,6 +109,7 @@ def test_another_library_has_other_algorithms(card, monkeypatch):
         '{"key": [[[384, 128], ""]]}',
         '{"key": [[[4096, 384, 128], "0102"]]}',
         '{"key": [[[4096, 384, "x"], ""]]}',
+        '{"key": [[[0, 384, 128], ""]]}',
     ],  # fmt: skip
 )
 def test_a_damaged_note_counts_for_nothing(card, tmp_path, damaged):
@@ -232,8 +230,11 @@ def test_choosing_changes_no_number(precision, monkeypatch, tmp_path):
     known = matrices.known_algorithms(device, precision)
     for outputs, inputs in known:
         weight = torch.randn(outputs, inputs, device=device).bfloat16()
-        x = torch.randn(5000, inputs, device=device).bfloat16()
-        given = quantise(x) if precision == "fp8" else x
         own = Fp8.of(weight, quantise) if precision == "fp8" else Plain(weight)
         by_it = dataclasses.replace(own, known=known)
-        torch.testing.assert_close(by_it(given), own(given), rtol=0.01, atol=0.5)
+        for count in (4096, 5000):
+            x = torch.randn(count, inputs, device=device).bfloat16()
+            given = quantise(x) if precision == "fp8" else x
+            found, expected = by_it(given), own(given)
+            torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01 * inputs**0.5)
+            assert count != 4096 or torch.equal(found, expected)

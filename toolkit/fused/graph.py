@@ -83,9 +83,14 @@ class Graphs:
         if device.type != "cuda" or self.why_not:
             return call(*inputs)
         key = _with_forms(key, inputs)
-        if key in self._recorded:
+        if (recorded := self._recorded.get(key)) is not None:
             self._recorded.move_to_end(key)
-            return self._recorded[key].replay(inputs)
+            try:
+                return recorded.replay(inputs)
+            except RuntimeError as error:  # others have the memory now that it needs while it runs
+                log.info("Ark: a recording is made anew (%s).", str(error).splitlines()[0])
+                del self._recorded[key], recorded
+                return call(*inputs)
         try:
             if key in self._forms:
                 return self._record(key, function, inputs)

@@ -106,7 +106,7 @@ class FastVAE(comfy.sd.VAE):
             with current(self.device):
                 return self._made(result, lambda x: self.process_output(engine.decode(record, x)))
         except RuntimeError as error:  # out of memory, too; it is decoded when it is asked for
-            log.info("Ark VAE: a picture could not be begun ahead (%s).", str(error).splitlines()[0])  # fmt: skip
+            log.info("Ark VAE: a picture could not be begun ahead (%s).", str(error).partition("\n")[0])  # fmt: skip
             return None
 
     def _fits(self, way: str) -> bool:

@@ -88,7 +88,7 @@ class Graphs:
             try:
                 return recorded.replay(inputs)
             except RuntimeError as error:  # others have the memory now that it needs while it runs
-                log.info("Ark: a recording is made anew (%s).", str(error).splitlines()[0])
+                log.info("Ark: a recording is made anew (%s).", str(error).partition("\n")[0])
                 del self._recorded[key], recorded
                 return call(*inputs)
         try:

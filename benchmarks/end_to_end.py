@@ -1,7 +1,8 @@
 """From Queue to the decoded picture: `python benchmarks/end_to_end.py --comfyui DIR [--folder DIR] [--repeat 15]`.
 
 Real ComfyUI servers side by side, real HTTP and websockets, 1024x1024, 4 steps, everything loaded: Ark's nodes (fused
-engine, bf16, fp8, and fp8 with fp8 attention) against stock ones in both of the host's memory modes, in turns; one of them works at a time. A case
+engine, bf16, fp8, and with the kernels that run by name only, where they are installed) against stock ones in both of the
+host's memory modes, in turns; one of them works at a time. A case
 ends when the server starts the node after VAEDecode, so that the picture is in the host's memory; what SaveImage takes is
 measured apart. Then an editing reference is encoded, and 200 prompts are queued at once: pictures a second, how busy the
 GPU is, and what memory the server holds at the beginning and at the end. Random weights of the true shapes. Needs a GPU, a
@@ -158,7 +159,7 @@ def main() -> None:
         rows = measure(servers, args.repeat) + edits(servers, args.repeat)
         rows += [
             saving(servers["bf16"]),
-            sustained(servers["fp8" if args.tiny else "fp8_attention"], args.sustained),
+            sustained(servers.get("fp8_attention", servers["fp8"]), args.sustained),
         ]
     if args.tiny:
         return

@@ -1,9 +1,9 @@
 """Four steps with the fused engine: `python benchmarks/sampling.py --comfyui DIR [--folder DIR] [--repeat 10]`.
 
 One process with ComfyUI's real model object, Klein 4B's true shapes with random weights: ComfyUI as it is against the
-fused engine in bf16, fp8, and fp8 with fp8 attention, in turns, at several sizes, as a batch, and editing with one
-reference. The floor, from the same run: the model's own matrices by the library's GEMM, and cuDNN's attention, nothing
-else. Then the numbers: how far the latents are from those in fp32. Two processes more show the first image with an
+fused engine in bf16, fp8, and with the kernels that run by name only, where they are installed, in turns, at several sizes,
+as a batch, and editing with one reference. The floor, from the same run: the model's own matrices by the library's GEMM, and
+cuDNN's attention, nothing else. Then the numbers: how far the latents are from those in fp32. Two processes more show the first image with an
 empty cache of kernels and with a warm one. Needs a GPU and 8 GB of disk; `--tiny` runs it with the embedded model, on a
 CPU too, to test the benchmark itself (then nothing is recorded).
 """

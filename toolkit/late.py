@@ -39,9 +39,8 @@ class Late:
     def begin(self, job: Callable[[], object]) -> Coming:
         """Have something done. It must not wait for a device: that may be waiting for it."""
         with self._lock:
-            if (
-                self._done is None and torch.cuda.is_initialized()
-            ):  # else there is no stream to wait
+            # without CUDA there is no stream to wait
+            if self._done is None and torch.cuda.is_initialized():
                 self._done = torch.zeros(1, dtype=torch.int32, pin_memory=True)
             self._begun = (self._begun + 1) % TURNS
             return Coming(self._worker.submit(self._do, job, self._begun), self._done, self._begun)

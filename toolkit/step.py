@@ -22,7 +22,7 @@ from .step_weights import SingleBlock, Stream, Weights
 THETA = 2000.0  # of the rotary embedding
 AXES = (32, 32, 32, 32)  # numbers of a head that each of the four coordinates turns
 TIME_WIDTH = 256
-MANY = 12288  # rows from which on a single block's first product, by far the largest, is made in two parts
+APART = 12288  # rows from which on a single block's first product, by far the largest, is made in two parts
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class _Step:
         norms = (weight.expand(2, -1) for weight in (block.q_norm, block.k_norm))
         mlp_in = block.linear_in.part(width, block.linear_in.features)
         linear_out: Any = block.linear_out  # takes what it `quantises` to
-        if picture is None and self.rows.count < MANY and not self.ops.within(mlp_in):
+        if picture is None and self.rows.count < APART and not self.ops.within(mlp_in):
             z = block.linear_in(h)
             attention = self._attend(z[:, :width], norms, z.dtype, fp8)
             return linear_out(self.ops.swiglu(z[:, width:], self.rows, attention, fp8))

@@ -45,7 +45,10 @@ def test_the_graph_in_a_picture_makes_the_same_picture_in_comfyui(comfyui, serve
         if node["class_type"] == "LoadImage":
             name = node["inputs"]["image"]
             node["inputs"]["image"] = server.client.upload(name, (tmp_path / name).read_bytes())
-    error = np.mean((server.render(graph).astype(float) - np.asarray(made.image)) ** 2)
-    psnr = 10 * np.log10(255**2 / max(error, 1e-9))
-    # nobody sees a difference above 40 dB; bf16 alone makes one of 44 to fp32
-    assert psnr > (50 if pipeline.transformer.dtype == torch.float32 else 40)
+    pixels = server.render(graph).astype(int)
+    difference = np.abs(pixels - np.asarray(made.image).astype(int))
+    assert difference.mean() < 1
+    if pipeline.transformer.dtype == torch.float32:
+        assert np.percentile(difference, 99) <= 4
+    else:  # bf16 alone puts edges 9 of 255 off fp32, 44 dB; nobody sees what is above 40
+        assert 10 * np.log10(255**2 / np.mean(difference**2)) > 40

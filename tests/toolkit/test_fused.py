@@ -137,7 +137,7 @@ def test_a_large_product_in_two_parts_changes_nothing(precision, batch, monkeypa
     monkeypatch.setattr(reference, "gated", lambda *given, **named: parts.append(1) or own(*given, **named))  # fmt: skip
     whole = denoise(weights, *inputs, table)
     assert len(parts) == 2  # of the double block, and of the last one
-    monkeypatch.setattr(step, "MANY", 17 * batch)
+    monkeypatch.setattr(step, "APART", 17 * batch)
     torch.testing.assert_close(denoise(weights, *inputs, table), whole, rtol=1e-4, atol=1e-5)
     assert len(parts) == 2 + 4
 

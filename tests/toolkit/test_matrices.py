@@ -236,5 +236,5 @@ def test_choosing_changes_no_number(precision, monkeypatch, tmp_path):
             x = torch.randn(count, inputs, device=device).bfloat16()
             given = quantise(x) if precision == "fp8" else x
             found, expected = by_it(given), own(given)
-            torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01 * inputs**0.5)
+            torch.testing.assert_close(found, expected, rtol=0.01, atol=0.5)
             assert count != 4096 or torch.equal(found, expected)

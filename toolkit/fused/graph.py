@@ -88,9 +88,9 @@ class Graphs:
             try:
                 return recorded.replay(inputs)
             except RuntimeError as error:  # others have the memory now that it needs while it runs
-                log.info("Ark: a recording is made anew (%s).", str(error).partition("\n")[0])
-                del self._recorded[key], recorded
-                return call(*inputs)
+                log.warning("Ark: a recording is made anew (%s).", str(error).partition("\n")[0])
+            del self._recorded[key], recorded  # here, where the error holds nothing of it any more
+            return call(*inputs)
         try:
             if key in self._forms:
                 return self._record(key, function, inputs)

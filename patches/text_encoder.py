@@ -222,7 +222,7 @@ def _qwen3_class(taps: tuple[int, ...]) -> type:
             """[B, seq_len, taps, C] fp32 and the mask [B, seq_len] by the engine; None if it has no layers, or will not."""
             if not layers:
                 return None
-            device = layers[0].q.device
+            device = layers[0].k.device
             embeds, present = embed_tokens(self, tokens, device)
             given = layers, embeds, upload(present, device), taps
             if not record and not self.engine.settled(*given):

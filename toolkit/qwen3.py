@@ -27,9 +27,8 @@ class Layer:
 
     Attributes:
         attn_norm: [C] fp32, as all norms.
-        q: [heads * HEAD_DIM, C].
+        qv: [(heads + kv_heads) * HEAD_DIM, C], of queries and values, see `join`.
         k: [kv_heads * HEAD_DIM, C].
-        v: as k.
         o: [C, heads * HEAD_DIM].
         q_norm: [HEAD_DIM].
         k_norm: [HEAD_DIM].
@@ -39,9 +38,8 @@ class Layer:
     """
 
     attn_norm: torch.Tensor
-    q: torch.Tensor
+    qv: Plain | Joined
     k: torch.Tensor
-    v: torch.Tensor
     o: torch.Tensor
     q_norm: torch.Tensor
     k_norm: torch.Tensor
@@ -89,7 +87,7 @@ def hidden_states(
     table = rotary_table(length, x.device)
     result: Any = None  # of what was computed last, still to be added
     for number, layer in enumerate(layers[: max(taps)]):
-        h = operations.add_norm(x, result, layer.attn_norm, EPS, layer.q.dtype)
+        h = operations.add_norm(x, result, layer.attn_norm, EPS, layer.k.dtype)
         if number in taps:
             states[:, :, taps.index(number)] = x.view(batch, length, width)
         attended = _attend(layer, h, present, table, operations)
@@ -109,9 +107,10 @@ def _attend(
     operations: Any,
 ) -> torch.Tensor:
     """[B * seq_len, C] to [B * seq_len, heads * HEAD_DIM]."""
-    q = operations.norm_turn(F.linear(h, layer.q), layer.q_norm, *table, EPS)
+    q, v = layer.qv(h).tensor_split((layer.o.shape[1],), 1)
+    q = operations.norm_turn(q, layer.q_norm, *table, EPS)
     k = operations.norm_turn(F.linear(h, layer.k), layer.k_norm, *table, EPS)
-    v = F.linear(h, layer.v).unflatten(1, (-1, HEAD_DIM))
+    v = v.unflatten(1, (-1, HEAD_DIM))
     q, k, v = (heads.unflatten(0, present.shape) for heads in (q, k, v))
     return operations.attend_causal(q, k, v, present).flatten(0, 1)
 

@@ -140,7 +140,7 @@ def rehearse_text(dims: TextEncoderDims, device: torch.device, dtype: torch.dtyp
     ones = functools.partial(torch.ones, device=device)
     unset = functools.partial(torch.empty, dtype=dtype, device=device)
     layer = qwen3.Layer(
-        ones(width), unset(heads, width), unset(kv_heads, width), unset(kv_heads, width), unset(width, heads),
+        ones(width), Plain(unset(heads + kv_heads, width)), unset(kv_heads, width), unset(width, heads),
         ones(HEAD_DIM), ones(HEAD_DIM), ones(width), Plain(unset(2 * mlp, width)), unset(width, mlp),
     )  # fmt: skip
     embeds = torch.zeros(1, TXT_LEN, width, device=device)

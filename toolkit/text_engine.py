@@ -127,7 +127,7 @@ def hooked(module: torch.nn.Module, observers: str | None = None) -> bool:
 def _layers(model: Any) -> list[Layer]:
     """The record; raises Unknown if something is not as the engine needs it."""
     found = [_layer(layer) for layer in model.layers]
-    devices = {weight.device for layer in found for weight in (layer.q, layer.mlp_norm, layer.down)}
+    devices = {weight.device for layer in found for weight in (layer.k, layer.mlp_norm, layer.down)}
     if len(devices) > 1:
         raise Unknown("its weights are on several devices")
     if (0, 0) < probe_hardware(devices.pop()).compute_capability < BF16:
@@ -141,7 +141,7 @@ def _layer(layer: Any) -> Layer:
     q, k, v, o, gate, up, down = map(_matrix, linears)
     norms = layer.input_layernorm, attn.q_norm, attn.k_norm, layer.post_attention_layernorm
     before, q_norm, k_norm, between = map(_norm, norms)
-    return Layer(before, q, k, v, o, q_norm, k_norm, between, join(gate, up), down)
+    return Layer(before, join(q, v), k, o, q_norm, k_norm, between, join(gate, up), down)
 
 
 def _matrix(linear: Any) -> torch.Tensor:

@@ -35,7 +35,7 @@ def record(model, dtype=torch.float32):
             for part in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         )  # fmt: skip
         norms = block.input_layernorm.weight, attn.q_norm.weight, attn.k_norm.weight, block.post_attention_layernorm.weight  # fmt: skip
-        return qwen3.Layer(norms[0], q, k, v, o, *norms[1:], qwen3.join(gate, up), down)
+        return qwen3.Layer(norms[0], qwen3.join(q, v), k, o, *norms[1:], qwen3.join(gate, up), down)
 
     return [layer(block) for block in model.layers]
 

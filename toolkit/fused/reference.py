@@ -193,7 +193,8 @@ def norm_turn(
         [count, heads, head_dim].
     """
     length, head_dim = len(cos), len(weight)
-    heads = F.rms_norm(x.float().view(-1, length, x.shape[1] // head_dim, head_dim), (head_dim,), weight, eps)  # fmt: skip
+    heads = x.float().unflatten(1, (-1, head_dim)).unflatten(0, (-1, length))
+    heads = F.rms_norm(heads, (head_dim,), weight, eps)
     first, second = heads.chunk(2, -1)
     cos, sin = cos[:, None], sin[:, None]
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)

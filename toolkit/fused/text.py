@@ -27,16 +27,17 @@ def _add_norm(x, y, out, weight, width, eps, ADD: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit
 def _norm_turn(
-    x, out, weight, cos, sin, length, num_heads, eps,
+    x, step, out, weight, cos, sin, length, num_heads, eps,
     HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     half = tl.arange(0, HALF)[None, :]
     inside = (heads < num_heads) & (half < HALF)
-    at = (row * num_heads + heads) * 2 * HALF + half
-    first = tl.load(x + at, inside, 0.0).to(tl.float32)
-    second = tl.load(x + at + HALF, inside, 0.0).to(tl.float32)
+    within = heads * 2 * HALF + half
+    given, at = x + row * step + within, row * num_heads * 2 * HALF + within
+    first = tl.load(given, inside, 0.0).to(tl.float32)
+    second = tl.load(given + HALF, inside, 0.0).to(tl.float32)
     squares = tl.sum(first * first + second * second, 1, keep_dims=True)
     factor = tl.rsqrt(squares / (2 * HALF) + eps)
     first *= factor * tl.load(weight + half)
@@ -72,12 +73,12 @@ def norm_turn(
     sin: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    """As `reference.norm_turn`; everything contiguous."""
+    """As `reference.norm_turn`; each token's heads side by side, the rest contiguous."""
     count, head_dim = len(x), weight.shape[0]
     num_heads = x.shape[1] // head_dim
     out = x.new_empty(count, num_heads, head_dim)
     launch(_norm_turn, (count, triton.cdiv(num_heads, HEADS)))(
-        x, out, weight, cos, sin, len(cos), num_heads, eps,
+        x, x.stride(0), out, weight, cos, sin, len(cos), num_heads, eps,
         HEADS=HEADS, HALF=head_dim // 2, num_warps=4,
     )  # fmt: skip
     return out

@@ -9,7 +9,7 @@ import torch
 from ..toolkit.autoencoder import Decoder, Encoder
 from ..toolkit.fused.runner import Unknown
 from ..toolkit.pixel_layers import Attention, Block, Conv, Middle
-from ..toolkit.pixel_records import conv, matrix, norm, with_inputs, with_outputs
+from ..toolkit.pixel_records import conv, matrix, norm
 
 
 def read_decoder(vae: Any) -> Decoder:
@@ -23,7 +23,7 @@ def read_decoder(vae: Any) -> Decoder:
         _middle(part.mid_block),
         levels,
         norm(part.conv_norm_out),
-        with_outputs(conv(part.conv_out)),
+        conv(part.conv_out),
     )
 
 
@@ -34,7 +34,7 @@ def read_encoder(vae: Any) -> Encoder:
         (_blocks(level.resnets), _resize(level.downsamplers, False)) for level in part.down_blocks
     ]
     return Encoder(
-        with_inputs(conv(part.conv_in)),
+        conv(part.conv_in),
         levels,
         _middle(part.mid_block),
         norm(part.conv_norm_out),

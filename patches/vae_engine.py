@@ -26,8 +26,6 @@ from ..toolkit.pixel_records import (
     conv,
     matrix,
     norm,
-    with_inputs,
-    with_outputs,
 )
 
 DEVICES = ("cuda",)
@@ -181,7 +179,7 @@ def _decoder(model: Any) -> Decoder:
         _middle(part.mid),
         levels,
         norm(part.norm_out),
-        with_outputs(conv(part.conv_out)),
+        conv(part.conv_out),
     )
 
 
@@ -196,7 +194,7 @@ def _encoder(model: Any) -> Encoder:
     whole = matrix(model.quant_conv)
     half = len(whole.bias) // 2  # the mean; the rest would be its variance
     return Encoder(
-        with_inputs(conv(part.conv_in)),
+        conv(part.conv_in),
         levels,
         _middle(part.mid),
         norm(part.norm_out),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .fused import reference
-from .pixel_layers import COLOURS, USUAL, Choices, Conv, Level, Matrix, Middle, Norm
+from .pixel_layers import USUAL, Choices, Conv, Level, Matrix, Middle, Norm
 from .pixels import Network, Pixels, collect
 
 PACK = 2  # pixels of the encoder's result along each side of a latent position
@@ -22,7 +22,6 @@ class Decoder:
     Attributes:
         mean: [128] fp32, as `deviation`, of the latents.
         widen: what the host calls post_quant_conv.
-        last: its outputs after the third are padding.
     """
 
     mean: torch.Tensor
@@ -37,7 +36,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Weights of the way back; `first` reads three channels and padding, `narrow` gives the mean only."""
+    """Weights of the way back; `narrow` gives the mean only."""
 
     first: Conv
     levels: list[Level]
@@ -90,12 +89,8 @@ def to_pixels(
             following = weights.levels[number + 1][0][0]
             x = network.upsample(x, up, lasting=following.shortcut is None)
     factors, bands = network.factors(x, weights.norm), list(network.bands(x.size))
-
-    def last(band: tuple[int, int]) -> torch.Tensor:
-        found = network.convolve_normed(x, factors, weights.last, band, last_use=True)
-        return found[..., :COLOURS].float() + weights.last.bias[:COLOURS]
-
-    return collect((*x.size[:3], COLOURS), bands, last)
+    size = (*x.size[:3], len(weights.last.bias))
+    return collect(size, bands, lambda band: network.to_colours(x, factors, weights.last, band))
 
 
 def encode(
@@ -128,9 +123,9 @@ def from_pixels(
     weights: Encoder, pixels: torch.Tensor, operations: Any = reference, choices: Choices = USUAL
 ) -> torch.Tensor:
     """As `encode`, but what the encoder itself makes: [B, H / 8, W / 8, outputs of `narrow`] fp32."""
-    network, first = Network(operations, choices), weights.first.weight
-    padded = F.pad(pixels.to(first.dtype), (0, first.shape[1] - pixels.shape[3]))
-    x = Pixels(network.convolve(padded, first), weights.first.bias)
+    network = Network(operations, choices)
+    found, moments = operations.from_colours(pixels.contiguous(), weights.first.weight)
+    x = Pixels(found, weights.first.bias, moments)
     for blocks, down in weights.levels:
         for block in blocks:
             x = network.block(x, block)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from .fused.reference_pixels import EPS, GROUPS
 from .fused.runner import Unknown, operations_for
@@ -14,7 +13,6 @@ from .hardware import probe_hardware
 from .pixel_layers import Conv, Matrix, Norm, fold
 
 BF16 = (8, 0)  # the first compute capability that calculates in it
-CHANNELS = 8  # what the first and the last convolution have is rounded up to a multiple, which a GPU multiplies fast
 
 
 def conv(layer: Any, double: bool = False) -> Conv:
@@ -28,19 +26,6 @@ def conv(layer: Any, double: bool = False) -> Conv:
         raise Unknown("its convolutions are of another kind")
     folded = _ordered(fold(weight)) if double else None
     return Conv(_ordered(weight), layer.bias.detach().float(), folded)
-
-
-def with_outputs(found: Conv) -> Conv:
-    """A convolution with outputs that nobody reads."""
-    padding = -len(found.weight) % CHANNELS
-    weight = F.pad(found.weight, (0, 0) * 3 + (0, padding))
-    return Conv(_ordered(weight), F.pad(found.bias, (0, padding)))
-
-
-def with_inputs(found: Conv) -> Conv:
-    """A convolution with inputs that are zero."""
-    weight = F.pad(found.weight, (0, 0) * 2 + (0, -found.weight.shape[1] % CHANNELS))
-    return Conv(_ordered(weight), found.bias)
 
 
 def matrix(*layers: Any) -> Matrix:

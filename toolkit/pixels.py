@@ -118,11 +118,16 @@ class Network:
             band: first line, and the one after the last.
             last_use: whether x may be overwritten.
         """
-        (top, bottom), height = band, x.size[1]
-        first, last = max(0, top - 1), min(height, bottom + 1)  # a line more at each cut
-        part = self.operations.normed(x.rows(first, last).contiguous(), factors, True, last_use and bottom - top == height)  # fmt: skip
-        found = self.convolve(part, conv.weight)
-        return found if last - first == bottom - top else found[:, top - first : bottom - first].contiguous()  # fmt: skip
+        last_use &= band == (0, x.size[1])
+
+        def work(part: torch.Tensor) -> torch.Tensor:
+            return self.convolve(self.operations.normed(part, factors, True, last_use), conv.weight)
+
+        return _with_more_lines(x, band, work)
+
+    def to_colours(self, x: Pixels | Upsampled, factors: torch.Tensor, conv: Conv, band: Band) -> torch.Tensor:  # fmt: skip
+        """As `convolve_normed`, to a picture in fp32, with the bias."""
+        return _with_more_lines(x, band, lambda part: self.operations.to_colours(part, factors, conv.weight, conv.bias))  # fmt: skip
 
     def block(self, x: Pixels | Upsampled, block: Block) -> Pixels:
         """A residual block; what x lies in may become its result."""
@@ -202,6 +207,14 @@ class Network:
         """
         wider = self.convolve(_settled(x), conv.weight, stride=2, padding=2)
         return Pixels(wider[:, 1:, 1:].contiguous(), conv.bias)
+
+
+def _with_more_lines(x: Pixels | Upsampled, band: Band, work: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:  # fmt: skip
+    """Some lines of what a convolution of 3x3 makes, which reads one more at each cut."""
+    top, bottom = band
+    first, last = max(0, top - 1), min(x.size[1], bottom + 1)
+    found = work(x.rows(first, last).contiguous())
+    return found if last - first == bottom - top else found[:, top - first : bottom - first].contiguous()  # fmt: skip
 
 
 def collect(size: Sequence[int], bands: list[Band], work: Callable[[Band], torch.Tensor]) -> torch.Tensor:  # fmt: skip

@@ -28,7 +28,7 @@ from .combustion import known_kernels, select_attention_kernel
 from .fused.matrix import Plain
 from .fused.runner import Runner, operations_for
 from .hardware import probe_hardware
-from .pixel_layers import Attention, Block, Conv, Matrix, Norm, fold
+from .pixel_layers import COLOURS, Attention, Block, Conv, Matrix, Norm, fold
 from .step import AXES, TIME_WIDTH
 from .step_weights import SingleBlock, Stream, Weights
 
@@ -176,7 +176,7 @@ def rehearse_decode(dims: VaeDims, device: torch.device, dtype: torch.dtype) -> 
     latent = dims.latent_channels
     decoder = autoencoder.Decoder(
         zeros(LATENT_CHANNELS), zeros(LATENT_CHANNELS), matrix(latent, latent), conv(top, latent), middle, levels,
-        norm(widths[-1]), conv(8, widths[-1]),
+        norm(widths[-1]), conv(COLOURS, widths[-1]),
     )  # fmt: skip
     latents = zeros(1, LATENT_CHANNELS, SIDE, SIDE)
     return autoencoder.decode(decoder, latents, operations_for(device)[0])

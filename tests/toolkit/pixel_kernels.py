@@ -103,6 +103,39 @@ def test_interleave(random, size, dtype):
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
+def ordered(weight):
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("colours", [3, 1])
+def test_from_colours(random, size, dtype, colours):
+    x = random(torch.float32, *size[:3], colours)
+    weight = ordered(random(dtype, size[3], colours, 3, 3) / 5)
+    (found, moments), (expected, others) = (
+        ops.from_colours(x, weight) for ops in (fast, reference)
+    )
+    check(found, expected)
+    arguments = norm(random, size[3])
+    mine, theirs = (reference.factors(m, *arguments) for m in (moments, others))
+    torch.testing.assert_close(mine, theirs, rtol=5e-3, atol=5e-3)
+    assert int(moments[:, :, 0].sum()) == x.numel() // colours * size[3]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("colours", [3, 1])
+def test_to_colours(random, size, dtype, colours):
+    x, factors = random(dtype, *size), random(torch.float32, size[0], 2, size[3])
+    weight, bias = ordered(random(dtype, colours, size[3], 3, 3) / (3 * size[3] ** 0.5)), random(torch.float32, colours)  # fmt: skip
+    before = x.clone()
+    found, expected = (ops.to_colours(x, factors, weight, bias) for ops in (fast, reference))
+    assert torch.equal(x, before) and found.dtype == expected.dtype == torch.float32
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=8 * tolerance)
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 300), (3, 4097), (2, 16385), (2, 40000)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_softmax(random, rows, columns, dtype):
@@ -115,7 +148,7 @@ def test_softmax(random, rows, columns, dtype):
 def test_pixels_that_do_not_lie_as_they_should_are_refused(random):
     x = random(torch.float32, 1, 4, 4, 64)
     for wrong in (x[:, :, ::2], x.permute(0, 3, 1, 2), x[0]):
-        for work in (fast.moments, fast.interleave, lambda t: fast.normed(t, t), lambda t: fast.add(x, t, t)):  # fmt: skip
+        for work in (fast.moments, fast.interleave, lambda t: fast.normed(t, t), lambda t: fast.add(x, t, t), lambda t: fast.from_colours(t, t), lambda t: fast.to_colours(t, t, t, t)):  # fmt: skip
             with pytest.raises(ValueError, match="contiguous"):
                 work(wrong)
     with pytest.raises(ValueError, match="contiguous"):

@@ -46,8 +46,8 @@ def records():
         ups.append((blocks, conv(out, out, double=True) if level else None))
     for level, (into, out) in enumerate(zip((WIDTHS[0], *WIDTHS), WIDTHS, strict=False)):
         downs.append(([block(into, out), block(out, out)], conv(out, out) if level < 3 else None))
-    decoder = Decoder(*latents, matrix(Z, Z), conv(Z, top), middle(top), ups, norm(WIDTHS[0]), conv(WIDTHS[0], 8))  # fmt: skip
-    encoder = Encoder(conv(8, WIDTHS[0]), downs, middle(top), norm(top), conv(top, 2 * Z), matrix(2 * Z, Z), *latents)  # fmt: skip
+    decoder = Decoder(*latents, matrix(Z, Z), conv(Z, top), middle(top), ups, norm(WIDTHS[0]), conv(WIDTHS[0], 3))  # fmt: skip
+    encoder = Encoder(conv(3, WIDTHS[0]), downs, middle(top), norm(top), conv(top, 2 * Z), matrix(2 * Z, Z), *latents)  # fmt: skip
     return decoder, encoder
 
 

@@ -164,12 +164,18 @@ def _sizes(batch: int, positions: int, channels: int) -> tuple[int, int, int, in
     """How many parts a picture gets, pixels of a part, pixels at a time, and channels rounded up."""
     columns = triton.next_power_of_2(channels)
     step = max(1, NUMBERS // columns)
+    return *divide(batch, positions, step), step, columns
+
+
+def divide(batch: int, positions: int, step: int) -> tuple[int, int]:
+    """How many parts a picture gets, and pixels of a part, a multiple of what is handled at a time."""
     wanted = triton.cdiv(positions, max(1, PARTS // batch))
     per_part = triton.cdiv(wanted, step) * step
-    return triton.cdiv(positions, per_part), per_part, step, columns
+    return triton.cdiv(positions, per_part), per_part
 
 
-def _check(*tensors: torch.Tensor) -> None:
+def check(*tensors: torch.Tensor) -> None:
+    """Raise ValueError for pixels that do not lie one after the other."""
     for tensor in tensors:
         if tensor.dim() != 4 or not tensor.is_contiguous():
             raise ValueError(f"pixels must be contiguous [B, H, W, C], not {tuple(tensor.shape)} with {tensor.stride()}")  # fmt: skip
@@ -177,13 +183,13 @@ def _check(*tensors: torch.Tensor) -> None:
 
 def moments(x: torch.Tensor) -> torch.Tensor:
     """As `reference_pixels.moments`."""
-    _check(x)
+    check(x)
     return _moments_of(x, None, None)
 
 
 def add(x: torch.Tensor, y: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """As `reference_pixels.add`."""
-    _check(x, y)
+    check(x, y)
     return _moments_of(x, y, shift)
 
 
@@ -202,7 +208,7 @@ def _moments_of(
 
 def interleave(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference_pixels.interleave`."""
-    _check(x)
+    check(x)
     batch, height, width, channels = x.shape
     height, width, channels = height - 1, width - 1, channels // 4
     parts, per_part, step, columns = _sizes(batch, 4 * height * width, channels)
@@ -235,7 +241,7 @@ def normed(
     x: torch.Tensor, factors: torch.Tensor, silu: bool = True, in_place: bool = False
 ) -> torch.Tensor:
     """As `reference_pixels.normed`."""
-    _check(x)
+    check(x)
     batch, height, width, channels = x.shape
     out = x if in_place else torch.empty_like(x)
     columns = triton.next_power_of_2(channels)

@@ -8,10 +8,19 @@ import torch
 import torch.nn.functional as F
 
 from .matrix import Activations, Matrix, Scaled, quantise, stack, to_fp8
-from .reference_pixels import add, factors, interleave, moments, normed, softmax
+from .reference_pixels import (
+    add,
+    factors,
+    from_colours,
+    interleave,
+    moments,
+    normed,
+    softmax,
+    to_colours,
+)
 from .rows import Rows
 
-__all__ = ["add", "add_norm", "attend_causal", "factors", "gated", "interleave", "modulate", "moments", "norm_rotate", "norm_turn", "normed", "quantise", "softmax", "swiglu", "to_fp8", "widen", "within"]  # fmt: skip
+__all__ = ["add", "add_norm", "attend_causal", "factors", "from_colours", "gated", "interleave", "modulate", "moments", "norm_rotate", "norm_turn", "normed", "quantise", "softmax", "swiglu", "to_colours", "to_fp8", "widen", "within"]  # fmt: skip
 
 EPS = 1e-6  # of the norms without weights
 HIDDEN = -1e30  # added to the score of what is not to be seen; finite in bf16, too

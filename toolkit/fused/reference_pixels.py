@@ -87,6 +87,38 @@ def add(x: torch.Tensor, y: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     return moments(x)
 
 
+def from_colours(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A convolution without its bias, of a picture.
+
+    Args:
+        x: [B, H, W, colours], in any dtype; multiplied in that of the weight.
+        weight: [C, colours, 3, 3].
+
+    Returns:
+        Pixels [B, H, W, C] and their moments.
+    """
+    found = F.conv2d(x.to(weight.dtype).movedim(-1, 1), weight, padding=1).movedim(1, -1)
+    return found.contiguous(), moments(found)
+
+
+def to_colours(
+    x: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """Norm, SiLU and a convolution that makes a picture.
+
+    Args:
+        x: pixels [B, H, W, C].
+        factors: of the norm.
+        weight: [colours, C, 3, 3].
+        bias: [colours] fp32.
+
+    Returns:
+        [B, H, W, colours] fp32.
+    """
+    found = F.conv2d(normed(x, factors).movedim(-1, 1), weight, padding=1).movedim(1, -1)
+    return found.contiguous().float() + bias
+
+
 def interleave(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Lay out what the folded upsampling convolution gave, see `pixel_layers.fold`.
 

@@ -138,5 +138,7 @@ def tokens(tokenizer: Any, texts: Sequence[str], length: int, device: torch.devi
         for text in texts
     ]  # fmt: skip
     found = tokenizer(framed, padding="max_length", truncation=True, max_length=length)
-    ids, mask = (torch.tensor(found[name], device=device) for name in ("input_ids", "attention_mask"))  # fmt: skip
+    ids, mask = torch.tensor(
+        [found["input_ids"], found["attention_mask"]], device=device
+    )  # brought at once
     return ids, mask

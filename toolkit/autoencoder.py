@@ -124,8 +124,9 @@ def from_pixels(
 ) -> torch.Tensor:
     """As `encode`, but what the encoder itself makes: [B, H / 8, W / 8, outputs of `narrow`] fp32."""
     network = Network(operations, choices)
-    found, moments = operations.from_colours(pixels.contiguous(), weights.first.weight)
-    x = Pixels(found, weights.first.bias, moments)
+    x = Pixels(
+        operations.from_colours(pixels.contiguous(), weights.first.weight), weights.first.bias
+    )
     for blocks, down in weights.levels:
         for block in blocks:
             x = network.block(x, block)

@@ -29,7 +29,8 @@ else:
 
 
 @pytest.fixture
-def random():
+def random(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
     return lambda dtype, *shape: torch.randn(shape).to(DEVICE, dtype)
 
@@ -113,14 +114,7 @@ def ordered(weight):
 def test_from_colours(random, size, dtype, colours):
     x = random(torch.float32, *size[:3], colours)
     weight = ordered(random(dtype, size[3], colours, 3, 3) / 5)
-    (found, moments), (expected, others) = (
-        ops.from_colours(x, weight) for ops in (fast, reference)
-    )
-    check(found, expected)
-    arguments = norm(random, size[3])
-    mine, theirs = (reference.factors(m, *arguments) for m in (moments, others))
-    torch.testing.assert_close(mine, theirs, rtol=5e-3, atol=5e-3)
-    assert int(moments[:, :, 0].sum()) == x.numel() // colours * size[3]
+    check(*(ops.from_colours(x, weight) for ops in (fast, reference)))
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -7,7 +7,6 @@ than it costs.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ..hardware import HOPPER, probe_hardware
-from .launch import launch
+from .launch import launch, processors
 from .matrix import Activations, Matrix, Plain, Scaled, stack
 from .modulate import line_of
 from .rows import Rows
@@ -126,7 +125,7 @@ def gated_product(
     for (x, matrix), lines in zip(parts, out[:, before:].split([len(x) for x, _ in parts]), strict=True):  # fmt: skip
         if len(x):
             operands.append(_operands(x, matrix.weight, lines))
-    programs = _processors(out.device)
+    programs = processors(out.device)
     launch(_gated, (programs,))(
         *operands[0], *operands[-1], width=width, inputs=matrix.weight.shape[1], TWO=len(operands) > 1,
         DEEP=DEPTH // out.element_size(), ROWS=ROWS, COLUMNS=COLUMNS, GROUP=GROUP, PROGRAMS=programs,
@@ -144,10 +143,3 @@ def _operands(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> tuple
         TensorDescriptor.from_tensor(out, [ROWS, COLUMNS]),
         count,
     )
-
-
-@functools.lru_cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count

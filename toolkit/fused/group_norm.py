@@ -164,14 +164,9 @@ def _sizes(batch: int, positions: int, channels: int) -> tuple[int, int, int, in
     """How many parts a picture gets, pixels of a part, pixels at a time, and channels rounded up."""
     columns = triton.next_power_of_2(channels)
     step = max(1, NUMBERS // columns)
-    return *divide(batch, positions, step), step, columns
-
-
-def divide(batch: int, positions: int, step: int) -> tuple[int, int]:
-    """How many parts a picture gets, and pixels of a part, a multiple of what is handled at a time."""
     wanted = triton.cdiv(positions, max(1, PARTS // batch))
     per_part = triton.cdiv(wanted, step) * step
-    return triton.cdiv(positions, per_part), per_part
+    return triton.cdiv(positions, per_part), per_part, step, columns
 
 
 def check(*tensors: torch.Tensor) -> None:

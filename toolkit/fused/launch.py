@@ -20,6 +20,14 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     return kernel[grid]
 
 
+@functools.lru_cache
+def processors(device: torch.device) -> int:
+    """How many a device has: a program that takes one piece of work after another is launched so many times."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _by_address(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     compiled = kernel.warmup(*args, grid=grid, **options)  # it launches nothing
     values = [*args, *(options[name] for name in kernel.arg_names[len(args) :])]

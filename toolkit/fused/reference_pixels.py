@@ -87,7 +87,7 @@ def add(x: torch.Tensor, y: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     return moments(x)
 
 
-def from_colours(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def from_colours(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """A convolution without its bias, of a picture.
 
     Args:
@@ -95,10 +95,9 @@ def from_colours(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, t
         weight: [C, colours, 3, 3].
 
     Returns:
-        Pixels [B, H, W, C] and their moments.
+        Pixels [B, H, W, C].
     """
-    found = F.conv2d(x.to(weight.dtype).movedim(-1, 1), weight, padding=1).movedim(1, -1)
-    return found.contiguous(), moments(found)
+    return F.conv2d(x.to(weight.dtype).movedim(-1, 1), weight, padding=1).movedim(1, -1).contiguous()  # fmt: skip
 
 
 def to_colours(

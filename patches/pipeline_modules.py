@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ..toolkit.architecture import (
     HEAD_DIM,
@@ -43,6 +44,18 @@ class Part:
     tensors: dict[str, torch.Tensor]
     shipment: Shipment
     held: list[tuple]
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves new weights as they are, and counts on the CPU: on meta torch imports what it has for symbolic shapes for it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == torch.nn.init.__name__:
+            return kwargs.get("tensor", *args[:1])
+        if func is torch.arange:
+            kwargs = {"device": "cpu", **kwargs}
+        return func(*args, **kwargs)
 
 
 class Modules:
@@ -85,7 +98,7 @@ class Modules:
             "num_hidden_layers": NEEDED_LAYERS, "use_cache": False,
         }  # fmt: skip
         config = Qwen3Config(**settings)
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             module: Any = Qwen3Model(config)
         module.norm = torch.nn.Identity()
         module.rotary_emb = type(module.rotary_emb)(config).to(
@@ -106,7 +119,7 @@ class Modules:
             "num_attention_heads": dims.num_heads, "joint_attention_dim": dims.context_dim,
             "guidance_embeds": any("guidance_in." in k or "guidance_embedder." in k for k in part.tensors),
         }  # fmt: skip
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             module = Flux2Transformer2DModel.from_config(settings)
         weights = self._arrived("transformer")
         if not is_diffusers_transformer(weights):
@@ -127,7 +140,7 @@ class Modules:
         }  # fmt: skip
         if dims.decoder_width != dims.encoder_width:
             settings["decoder_block_out_channels"] = [dims.decoder_width * m for m in dims.multipliers]  # fmt: skip
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             module: Any = AutoencoderKLFlux2.from_config(settings)
         weights = self._arrived("vae")
         if not is_diffusers_vae(weights):

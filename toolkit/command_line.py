@@ -200,7 +200,7 @@ def run(main: Callable[[argparse.Namespace, Console], None], start: float) -> in
     args = parse()
     gc.disable()  # until everything is loaded
     try:
-        with left_out(*OPTIONAL):
+        with left_out(*OPTIONAL, compiler=args.engine != "compile"):
             return _run(main, args, start)
     finally:
         gc.enable()

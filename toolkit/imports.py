@@ -10,23 +10,33 @@ import sys
 from collections.abc import Iterator
 
 from .shared import Shared, short_turns
+from .uncompiled import without_compiler
 
 # What transformers and diffusers import if it is there, for models, losses and training that Klein has no use for.
 OPTIONAL = "accelerate", "peft", "scipy", "sklearn", "torchaudio", "torchvision"
 LOOKING = {"diffusers", "transformers"}
+_unneeded: list[contextlib.ExitStack] = []  # see `left_out`; what is to be undone at its end
 
 
 @contextlib.contextmanager
-def left_out(*packages: str) -> Iterator[None]:
+def left_out(*packages: str, compiler: bool = False) -> Iterator[None]:
     """Let packages that nobody has imported yet pass for not installed while diffusers and transformers look.
 
     They remember what they found, so nothing is done where one of them has looked before.
+
+    Args:
+        packages: their names.
+        compiler: whether torch.compile and torch.distributed are not needed either: `building` does without them then.
     """
     looked = LOOKING & sys.modules.keys()
     missing = [name for name in packages if name not in sys.modules and not looked]
     sys.modules.update(dict.fromkeys(missing))  # type: ignore[arg-type]
     try:
-        yield
+        with contextlib.ExitStack() as undo:
+            if compiler and not looked:
+                _unneeded.append(undo)
+                undo.callback(_unneeded.clear)
+            yield
     finally:
         for name in missing:
             if name in sys.modules and sys.modules[name] is None:
@@ -34,6 +44,8 @@ def left_out(*packages: str) -> Iterator[None]:
 
 
 def _prepare(undo: contextlib.ExitStack) -> None:
+    if _unneeded:
+        without_compiler(_unneeded[0])
     undo.enter_context(short_turns)
     own = importlib.metadata.packages_distributions
     undo.callback(setattr, importlib.metadata, "packages_distributions", own)

@@ -61,3 +61,69 @@ import scipy.stats
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     assert all("." not in name for name in OPTIONAL)
+
+
+def alone(code):
+    """Run code in a process that has imported nothing."""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_who_will_not_compile_does_without_the_compiler_and_may_compile_later():
+    pytest.importorskip("diffusers", reason="imports diffusers")
+    alone("""
+import sys, torch
+from ark.toolkit.imports import OPTIONAL, building, left_out
+own = torch.distributed.is_available
+with left_out(*OPTIONAL, compiler=True):
+    with building:
+        from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+        from transformers import Qwen3Model
+    from diffusers.utils.torch_utils import is_compiled_module
+    assert not is_compiled_module(torch.nn.Linear(1, 1))
+    assert not {"torch._dynamo.eval_frame", "torch.fx.experimental.symbolic_shapes"} & sys.modules.keys()
+assert torch.distributed.is_available is own and "torch._dynamo" not in sys.modules
+assert not any("Finder" in str(finder) and "uncompiled" in str(finder) for finder in sys.meta_path)
+from transformers import masking_utils
+with masking_utils.TransformGetItemToIndex():
+    assert torch.arange(3)[torch.tensor(1)] == 1
+double = torch.compile(lambda x: 2 * x, backend="eager")
+assert double(torch.ones(1)) == 2 and is_compiled_module(torch.compile(torch.nn.Linear(1, 1), backend="eager"))
+""")
+
+
+@pytest.mark.parametrize(
+    "wants",
+    [
+        "torch._dynamo.reset()",
+        "from torch._dynamo import config; assert config.cache_size_limit",
+        "import torch._dynamo.utils; assert torch._dynamo.utils is sys.modules['torch._dynamo.utils']",
+        "from torch._dynamo.eval_frame import OptimizedModule; import torch._dynamo as found; assert found.OptimizedModule is OptimizedModule",
+        "from torch._dynamo._trace_wrapped_higher_order_op import trace_wrapped; assert callable(trace_wrapped)",
+        "from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex as Mode; Mode().__enter__().__exit__(None, None, None)",
+    ],
+)
+def test_who_wants_more_of_the_compiler_gets_it(wants):
+    alone(f"""
+import sys, torch
+from ark.toolkit.imports import building, left_out
+with left_out(compiler=True), building:
+    import torch._dynamo
+    from torch._dynamo import allow_in_graph
+    assert allow_in_graph(len) is len and torch._dynamo.disable(reason="none")(len) is len
+    assert "torch._dynamo.eval_frame" not in sys.modules
+    {wants}
+    assert "torch._dynamo.eval_frame" in sys.modules
+names = [name for name in sys.modules if name.startswith("torch._dynamo")]
+assert all(type(sys.modules[name]).__name__ != "_Unimported" for name in names) and torch._dynamo is sys.modules["torch._dynamo"]
+assert torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1)) == 2
+""")
+
+
+def test_a_compiler_that_is_there_stays():
+    alone("""
+import sys, torch, torch._dynamo
+from ark.toolkit.imports import building, left_out
+own = torch.distributed.is_available
+with left_out(compiler=True), building:
+    assert torch._dynamo.eval_frame.OptimizedModule and torch.distributed.is_available is own
+""")

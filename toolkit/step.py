@@ -128,18 +128,22 @@ class _Step:
     ) -> Activations:
         """A double block: `h` is the residual `x` [count, C], modulated for it; returns it modulated for the next one."""
         txt, img = streams
-        qkv = stack(self._parts(h, txt.qkv, img.qkv))
-        norms = torch.stack((txt.q_norm, img.q_norm)), torch.stack((txt.k_norm, img.k_norm))
-        attention = self._rows(self._attend(qkv, norms, x.dtype, img.proj.quantises))
-        if img.proj.quantises and not isinstance(attention, Quantised):
-            attention = self.ops.quantise(attention)
-        y = stack(self._parts(attention, txt.proj, img.proj))
+        y = self._attended(h, txt, img, x.dtype)
         h = self.ops.modulate(x, second.shift, second.scale, self.rows, y, first.gate, img.mlp_in.quantises)  # fmt: skip
         h = self.ops.gated(
             self._parts(h, txt.mlp_in, img.mlp_in), self.rows, fp8=img.mlp_out.quantises
         )
         stack(self._parts(h, txt.mlp_out, img.mlp_out), y)
         return self.ops.modulate(x, after.shift, after.scale, self.rows, y, second.gate, fp8_after)  # fmt: skip
+
+    def _attended(self, h: Activations, txt: Stream, img: Stream, dtype: torch.dtype) -> torch.Tensor:  # fmt: skip
+        """The first half of a double block; what it needs is free again before the second, which takes more memory."""
+        qkv = stack(self._parts(h, txt.qkv, img.qkv))
+        norms = torch.stack((txt.q_norm, img.q_norm)), torch.stack((txt.k_norm, img.k_norm))
+        attention = self._rows(self._attend(qkv, norms, dtype, img.proj.quantises))
+        if img.proj.quantises and not isinstance(attention, Quantised):
+            attention = self.ops.quantise(attention)
+        return stack(self._parts(attention, txt.proj, img.proj))
 
     def single(self, h: Activations, block: SingleBlock, shown: slice = slice(None), picture: Rows | None = None) -> torch.Tensor:  # fmt: skip
         """A single block: `h` is the residual modulated for it; returns what is to be added, [count, C].

@@ -30,7 +30,7 @@ def without_compiler(undo: contextlib.ExitStack) -> None:
     undo.callback(setattr, torch.distributed, "is_available", torch.distributed.is_available)
     torch.distributed.is_available = lambda: False
     sys.modules.update({name: _Unimported(name) for name in STAND_INS})
-    sys.meta_path.insert(0, _Finder)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Finder)
     undo.callback(_give_way)
 
 
@@ -39,7 +39,7 @@ def _give_way() -> None:
         if isinstance(sys.modules.get(name), _Unimported):
             del sys.modules[name]
     with contextlib.suppress(ValueError):
-        sys.meta_path.remove(_Finder)  # type: ignore[arg-type]
+        sys.meta_path.remove(_Finder)
 
 
 def _real(name: str) -> Any:

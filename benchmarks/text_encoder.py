@@ -64,15 +64,16 @@ def floor(clip) -> float | None:  # noqa: ANN001
     """Milliseconds of the matrices alone, each by the library at its exact shape; None if the host runs them."""
     import torch
 
+    from ark.toolkit.fused.matrix import Joined
+
     model = clip.cond_stage_model.qwen3_4b
     layers = model.engine.layers(model.transformer.model)
     if layers is None:
         return None
-    matrices = [
-        m
-        for layer in layers
-        for m in (layer.q, layer.k, layer.v, layer.o, layer.gate_up.weight, layer.down)
-    ]
+    joined = [matrix for layer in layers for matrix in (layer.qv, layer.gate_up)]
+    matrices = [matrix for layer in layers for matrix in (layer.k, layer.o, layer.down)]
+    for matrix in joined:
+        matrices += matrix.parts if isinstance(matrix, Joined) else (matrix.weight,)
     inputs = {
         m.shape[1]: torch.randn(512, m.shape[1], dtype=m.dtype, device=m.device) for m in matrices
     }

@@ -24,7 +24,7 @@ from ..toolkit.pixel_layers import COLOURS
 from .deliver import current, deliver, upload
 from .vae_engine import VaeEngine
 
-WAYS = ("decode", "encode")
+CHANNELS = {"decode": LATENT_CHANNELS, "encode": COLOURS}  # of what each way reads
 decoded: list[Callable[[], Any]] = []  # called after each decode, in the prompt's thread
 latents = Foresight()  # of samplers: a picture is decoded while the host goes from node to node
 log = logging.getLogger("ark")
@@ -46,7 +46,7 @@ class FastVAE(comfy.sd.VAE):
         vars(made).update(vars(vae))
         made.engine = engine
         model = vae.first_stage_model
-        for way in WAYS:  # on the object, which must not keep the VAE alive
+        for way in CHANNELS:  # on the object, which must not keep the VAE alive
             setattr(model, way, functools.partial(_by_module, weakref.ref(made), weakref.ref(model), way))  # fmt: skip
         return made
 
@@ -56,7 +56,7 @@ class FastVAE(comfy.sd.VAE):
             self.engine.weights_changed()
         self.engine = None
         module: Any = self.first_stage_model
-        for way in WAYS:
+        for way in CHANNELS:
             vars(module).pop(way, None)
 
     def decode(self, samples_in: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
@@ -192,7 +192,8 @@ class FastVAE(comfy.sd.VAE):
 def _by_module(vae: weakref.ref, model: weakref.ref, way: str, x: torch.Tensor, **named: Any) -> torch.Tensor:  # fmt: skip
     """As the method of the host's module: a tile, with its channels before its pixels."""
     engine: Any = getattr(vae(), "engine", None)
-    fits = engine is not None and not named and x.ndim == 4 and engine.hopeful(way, x.device, x.dtype)  # fmt: skip
+    fits = engine is not None and not named and x.ndim == 4 and x.shape[1] == CHANNELS[way]
+    fits = fits and engine.hopeful(way, x.device, x.dtype)
     record = engine.record(way) if fits else None
     if record is None:
         return getattr(type(model()), way)(model(), x, **named)

@@ -26,7 +26,8 @@ def left_out(*packages: str, compiler: bool = False) -> Iterator[None]:
 
     Args:
         packages: their names.
-        compiler: whether torch.compile and torch.distributed are not needed either: `building` does without them then.
+        compiler: whether torch.compile and torch.distributed are not needed either: `building` does without them then. For a
+            process that ends with this: the libraries remember that, too.
     """
     looked = LOOKING & sys.modules.keys()
     missing = [name for name in packages if name not in sys.modules and not looked]

@@ -15,6 +15,7 @@ from typing import Any
 
 COMPILER = "torch._dynamo"
 INDEXING = f"{COMPILER}._trace_wrapped_higher_order_op"  # what is imported of it for masks
+_alone = contextlib.ExitStack()  # until it closes torch.distributed is not available
 
 
 def without_compiler(undo: contextlib.ExitStack) -> None:
@@ -27,7 +28,7 @@ def without_compiler(undo: contextlib.ExitStack) -> None:
 
     if COMPILER in sys.modules:
         return
-    undo.callback(setattr, torch.distributed, "is_available", torch.distributed.is_available)
+    _alone.callback(setattr, torch.distributed, "is_available", torch.distributed.is_available)
     torch.distributed.is_available = lambda: False
     sys.modules.update({name: _Unimported(name) for name in STAND_INS})
     sys.meta_path.insert(0, _Finder)
@@ -35,11 +36,12 @@ def without_compiler(undo: contextlib.ExitStack) -> None:
 
 
 def _give_way() -> None:
+    _alone.close()  # the compiler looks for torch.distributed, too
     for name in STAND_INS:
         if isinstance(sys.modules.get(name), _Unimported):
             del sys.modules[name]
-    with contextlib.suppress(ValueError):
-        sys.meta_path.remove(_Finder)
+    # in place, another thread that goes through it would miss one
+    sys.meta_path = [finder for finder in sys.meta_path if finder is not _Finder]
 
 
 def _real(name: str) -> Any:
@@ -47,9 +49,20 @@ def _real(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def _mark(function: Callable | None = None, *_: Any, **__: Any) -> Any:
+def _mark(fn: Callable | None = None, *_: Any, **__: Any) -> Any:
     """In place of a decorator."""
-    return _mark if function is None else function
+    return _mark if fn is None else fn
+
+
+class _Compiled:
+    """In place of a module that is asked what is compiled: nothing is."""
+
+    OptimizedModule = type("OptimizedModule", (), {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(_real(f"{COMPILER}.eval_frame"), name)
 
 
 STAND_INS: dict[str, dict[str, Any]] = {
@@ -57,7 +70,7 @@ STAND_INS: dict[str, dict[str, Any]] = {
         "allow_in_graph": _mark,
         "assume_constant_result": _mark,
         "disable": _mark,
-        "eval_frame": types.SimpleNamespace(OptimizedModule=type("OptimizedModule", (), {})),  # nothing is one
+        "eval_frame": _Compiled(),
     },
     INDEXING: {"TransformGetItemToIndex": lambda: _real(INDEXING).TransformGetItemToIndex()},
 }  # fmt: skip
@@ -87,8 +100,9 @@ class _Finder:
         if not name.startswith(f"{COMPILER}."):
             return None
         _real(COMPILER)
-        found = sys.modules.pop(name, None)
-        return None if found is None else ModuleSpec(name, _Finder(found))  # type: ignore[arg-type]
+        found = importlib.import_module(name)
+        del sys.modules[name]  # or it would be loaded by its own spec
+        return ModuleSpec(name, _Finder(found))  # type: ignore[arg-type]
 
     def create_module(self, _: ModuleSpec) -> types.ModuleType:
         return self._found

@@ -43,6 +43,11 @@ def test_what_others_have_changed_is_the_hosts(found):
     assert found["detached"] == [True, []]
 
 
+def test_a_picture_of_other_colours_gets_the_hosts_error(found):
+    for mine, theirs in found["colours"]:
+        assert mine == theirs and "channels" in theirs
+
+
 def test_memory_that_is_short_is_enough(found):
     ample, scarce, none, enormous = found["plans"]
     assert ample == [[4, False], [1, False], [1, True]]

@@ -176,6 +176,15 @@ with torch.inference_mode():
         ),
     }
     compare("afterwards", random, lambda: random.decode(z))
+
+    def complaint(channels):
+        """What somebody is told whose picture has other colours than the encoder."""
+        try:
+            model.encode(torch.rand(1, channels, 32, 32))
+        except RuntimeError as error:
+            return str(error)
+
+    found["colours"] = [both(random, lambda c=c: complaint(c)) for c in (1, 4)]
     random.detach()
     engine_on(random, True)
     found["detached"] = [torch.equal(random.decode(z), whole), sorted(vars(model).keys() & {"decode", "encode"})]  # fmt: skip

@@ -117,6 +117,14 @@ def test_from_colours(random, size, dtype, colours):
     check(*(ops.from_colours(x, weight) for ops in (fast, reference)))
 
 
+@pytest.mark.parametrize("colours", [1, 4])
+def test_colours_that_the_weight_does_not_know_are_refused(random, colours):
+    x, weight = random(torch.float32, 1, 4, 4, colours), random(torch.float32, 32, 3, 3, 3)
+    for ops in (fast, reference):
+        with pytest.raises((ValueError, RuntimeError), match="colours|channels"):
+            ops.from_colours(x, weight)
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("colours", [3, 1])

@@ -142,6 +142,26 @@ def test_a_large_product_in_two_parts_changes_nothing(precision, batch, monkeypa
     assert len(parts) == 2 + 4
 
 
+def test_what_attention_needed_is_gone_before_what_needs_most(monkeypatch):
+    weights, before, found = small_klein("fp8"), [], []
+    inputs = torch.randn(1, 12, 128), torch.randn(1, 5, 96), torch.full((1,), 0.7)
+    own_norm, own_gated = reference.norm_rotate, reference.gated
+
+    def norm_rotate(qkv, *given, **named):
+        q, k, v = own_norm(qkv, *given, **named)
+        before[:] = map(weakref.ref, (qkv, q, k, v))
+        return q, k, v
+
+    def gated(*given, **named):
+        found.append([there() for there in before])
+        return own_gated(*given, **named)
+
+    monkeypatch.setattr(reference, "norm_rotate", norm_rotate)
+    monkeypatch.setattr(reference, "gated", gated)
+    denoise(weights, *inputs, rotary_table(torch.randint(0, 9, (17, 4))))
+    assert found == [[None] * 4] * 2  # of the double block, and of the last one
+
+
 def test_kernels_that_do_not_run_are_not_used():
     device = torch.device("cuda", 99)  # whatever is there, this one is not
     operations, how = operations_for(device)

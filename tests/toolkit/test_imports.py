@@ -91,31 +91,78 @@ assert double(torch.ones(1)) == 2 and is_compiled_module(torch.compile(torch.nn.
 """)
 
 
-@pytest.mark.parametrize(
-    "wants",
-    [
-        "torch._dynamo.reset()",
-        "from torch._dynamo import config; assert config.cache_size_limit",
-        "import torch._dynamo.utils; assert torch._dynamo.utils is sys.modules['torch._dynamo.utils']",
-        "from torch._dynamo.eval_frame import OptimizedModule; import torch._dynamo as found; assert found.OptimizedModule is OptimizedModule",
-        "from torch._dynamo._trace_wrapped_higher_order_op import trace_wrapped; assert callable(trace_wrapped)",
-        "from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex as Mode; Mode().__enter__().__exit__(None, None, None)",
-    ],
-)
+WANTS = [
+    "torch._dynamo.reset()",
+    "from torch._dynamo import config; assert config.cache_size_limit",
+    "import torch._dynamo.utils; assert torch._dynamo.utils is sys.modules['torch._dynamo.utils']",
+    "import torch._dynamo.testing; assert torch._dynamo.testing is sys.modules['torch._dynamo.testing']",
+    "from torch._dynamo.eval_frame import OptimizedModule; import torch._dynamo as real; assert real.OptimizedModule is OptimizedModule",
+    "assert torch._dynamo.eval_frame.innermost_fn(len) is len",
+    "from torch._dynamo._trace_wrapped_higher_order_op import trace_wrapped; assert callable(trace_wrapped)",
+    "from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex as Mode; Mode().__enter__().__exit__(None, None, None)",
+]
+
+
+@pytest.mark.parametrize("wants", WANTS)
 def test_who_wants_more_of_the_compiler_gets_it(wants):
     alone(f"""
 import sys, torch
 from ark.toolkit.imports import building, left_out
+own = torch.distributed.is_available
 with left_out(compiler=True), building:
     import torch._dynamo
     from torch._dynamo import allow_in_graph
-    assert allow_in_graph(len) is len and torch._dynamo.disable(reason="none")(len) is len
+    assert allow_in_graph(len) is allow_in_graph(fn=len) is torch._dynamo.disable(reason="none")(len) is len
     assert "torch._dynamo.eval_frame" not in sys.modules
     {wants}
-    assert "torch._dynamo.eval_frame" in sys.modules
-names = [name for name in sys.modules if name.startswith("torch._dynamo")]
-assert all(type(sys.modules[name]).__name__ != "_Unimported" for name in names) and torch._dynamo is sys.modules["torch._dynamo"]
-assert torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1)) == 2
+    assert "torch._dynamo.eval_frame" in sys.modules and torch.distributed.is_available is own
+found = [module for name, module in sys.modules.items() if name.startswith("torch._dynamo")]
+assert not {{"_Unimported", "_Finder"}} & {{type(thing).__name__ for module in found for thing in (module, module.__spec__.loader)}}
+assert torch._dynamo is sys.modules["torch._dynamo"] and torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1)) == 2
+""")
+
+
+def test_nobody_does_without_the_compiler_for_long_or_where_it_was_looked_for():
+    alone("""
+import sys, torch, types
+from ark.toolkit.imports import building, left_out
+own = torch.distributed.is_available
+with left_out(compiler=True):
+    pass
+with left_out(), building:
+    assert torch.distributed.is_available is own and "torch._dynamo" not in sys.modules
+sys.modules["transformers"] = types.ModuleType("transformers")
+with left_out(compiler=True), building:
+    assert torch.distributed.is_available is own and "torch._dynamo" not in sys.modules
+""")
+
+
+@pytest.mark.parametrize(("engine", "without"), [("fused", True), ("plain", True), ("compile", False)])  # fmt: skip
+def test_the_script_does_without_the_compiler_unless_it_compiles(engine, without):
+    alone(f"""
+import sys, torch
+from ark.toolkit.command_line import run
+from ark.toolkit.imports import building
+def main(args, console):
+    with building:
+        assert ("torch._dynamo" in sys.modules) is {without}
+    print("it ran")
+sys.argv = ["ignite_ark_4b.py", "a red square", "--engine", "{engine}"]
+assert run(main, 0.0) == 0 and "torch._dynamo" not in sys.modules
+""")
+
+
+def test_a_model_is_built_without_the_compiler_and_symbolic_shapes():
+    pytest.importorskip("diffusers", reason="loads a pipeline")
+    alone("""
+import sys, torch
+from ark.toolkit.imports import OPTIONAL, left_out
+with left_out(*OPTIONAL, compiler=True):
+    from ark.patches.pipeline import load_pipeline
+    load_pipeline(device="cpu")
+    assert "torch._dynamo.eval_frame" not in sys.modules
+    newer = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)  # older ones import them by themselves
+    assert not newer or "torch.fx.experimental.symbolic_shapes" not in sys.modules
 """)
 
 

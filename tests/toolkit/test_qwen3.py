@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from ark.toolkit import qwen3
+from ark.toolkit.embedded import embedded_text_encoder
 from ark.toolkit.fused.matrix import Joined, Plain
+from ark.toolkit.igniter import open_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 WIDTH, MLP, LAYERS, TAPS = 96, 160, 5, (1, 3, 5)
@@ -95,6 +97,16 @@ def test_matrices_that_lie_together_are_one():
         assert isinstance(joined, Joined)
         x = torch.randn(2, 4)
         torch.testing.assert_close(joined(x), x @ torch.cat(apart).T)
+
+
+def test_in_a_file_what_is_multiplied_together_lies_together(tmp_path, monkeypatch):
+    monkeypatch.setenv("ARK_CACHE_DIR", str(tmp_path))
+    tensors = open_model(embedded_text_encoder()).tensors
+    at = "model.layers.3.{}.weight".format
+    for first, second in (("self_attn.q_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):  # fmt: skip
+        both = tensors[at(first)], tensors[at(second)]
+        joined = qwen3.join(*both)
+        assert isinstance(joined, Plain) and torch.equal(joined.weight, torch.cat(both))
 
 
 @pytest.mark.gpu

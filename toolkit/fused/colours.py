@@ -15,7 +15,7 @@ from .launch import launch, processors
 
 PLACES = 9  # that a convolution of 3x3 reads
 PIXELS = 64  # that one program makes
-NUMBERS = 8192  # that one program multiplies at a time
+BYTES = 16384  # of what one program multiplies at a time
 PROGRAMS = 4  # that a processor runs at the same time, each with what it multiplies next on its way
 GATHERED = 256  # pixels that one program puts together
 
@@ -91,6 +91,8 @@ def from_colours(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     check(x)
     batch, height, width, colours = x.shape
     channels = len(weight)
+    if weight.shape[1] != colours:
+        raise ValueError(f"pixels have {colours} colours, the weight takes {weight.shape[1]}")
     out = x.new_empty(batch, height, width, channels, dtype=weight.dtype)
     launch(_from_colours, (triton.cdiv(height * width, PIXELS), batch))(
         x, weight.permute(0, 2, 3, 1).contiguous(), out, height, width, channels,
@@ -108,7 +110,7 @@ def to_colours(x: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor, bia
     products = x.new_empty(batch, outputs, height * width, dtype=torch.float32)
     out = x.new_empty(batch, height, width, colours, dtype=torch.float32)
     columns = max(16, triton.next_power_of_2(channels))
-    pixels = max(16, NUMBERS // columns)
+    pixels = max(16, BYTES // x.element_size() // columns)
     tiles = triton.cdiv(height * width, pixels)
     programs = min(tiles, triton.cdiv(PROGRAMS * processors(x.device), batch))
     launch(_products, (programs, batch))(

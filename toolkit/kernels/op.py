@@ -30,7 +30,10 @@ def _run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str) -> torc
     return KERNELS[kernel].attend(q, k, v).transpose(1, 2).flatten(2)
 
 
-@torch.library.custom_op("ark::attention", mutates_args=())
+# the oldest torch that has this reads no annotations that are text
+@torch.library.custom_op(
+    "ark::attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, str kernel) -> Tensor"
+)
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str) -> torch.Tensor:
     out = _run(q, k, v, kernel).contiguous()
     return out.clone() if out.data_ptr() in (q.data_ptr(), k.data_ptr(), v.data_ptr()) else out

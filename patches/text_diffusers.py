@@ -138,7 +138,7 @@ def tokens(tokenizer: Any, texts: Sequence[str], length: int, device: torch.devi
         for text in texts
     ]  # fmt: skip
     found = tokenizer(framed, padding="max_length", truncation=True, max_length=length)
-    ids, mask = torch.tensor(
+    both = torch.tensor(
         [found["input_ids"], found["attention_mask"]], device=device
     )  # brought at once
-    return ids, mask
+    return both[0], both[1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import sys
 import types
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 
 COMPILER = "torch._dynamo"
 INDEXING = f"{COMPILER}._trace_wrapped_higher_order_op"  # what is imported of it for masks
+log = logging.getLogger("ark")
 _alone = contextlib.ExitStack()  # until it closes torch.distributed is not available
 
 
@@ -45,6 +47,8 @@ def _give_way() -> None:
 
 
 def _real(name: str) -> Any:
+    if isinstance(sys.modules.get(COMPILER), _Unimported):
+        log.info("Ark: torch.compile is imported after all, somebody wants %s.", name)
     _give_way()
     return importlib.import_module(name)
 

@@ -23,21 +23,6 @@ if DEVICE == "cuda":  # the interpreter gets bf16 wrong
     CASES += [(1, 512, 4096, 24), (2, 77, 1000, 32)]
 
 
-if (
-    DEVICE == "cpu"
-):  # numpy 2.4 makes no int of an array of one number, as which the interpreter keeps a loop's bounds
-    from triton.runtime import interpreter
-
-    own = interpreter._patch_lang_tensor
-
-    def patch(tensor, *scope):  # which older ones do not have
-        own(tensor, *scope)
-        put = scope[0].set_attr if scope else setattr
-        put(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch
-
-
 @pytest.fixture
 def random():
     torch.manual_seed(0)

@@ -15,18 +15,6 @@ if DEVICE == "cuda":  # the interpreter gets bf16 wrong
     DTYPES.append(torch.bfloat16)
     SIZES += [(2, 129, 130, 512), (1, 1000, 1024, 256), (4, 64, 65, 384)]
 
-else:
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_for_new_numpy(tensor, scope):
-        """Let the bounds of a loop be numbers: NumPy 2.4 does not make one of an array any more."""
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda number: number.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch_for_new_numpy
-
 
 @pytest.fixture
 def random(monkeypatch):

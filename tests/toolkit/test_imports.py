@@ -104,10 +104,13 @@ WANTS = [
 
 
 @pytest.mark.parametrize("wants", WANTS)
-def test_who_wants_more_of_the_compiler_gets_it(wants):
+def test_who_wants_more_of_the_compiler_gets_it(wants, tmp_path):
+    log = tmp_path / "log"
     alone(f"""
-import sys, torch
+import logging, sys, torch
+log = {str(log)!r}
 from ark.toolkit.imports import building, left_out
+logging.basicConfig(level="INFO", filename=log)
 own = torch.distributed.is_available
 with left_out(compiler=True), building:
     import torch._dynamo
@@ -120,6 +123,7 @@ found = [module for name, module in sys.modules.items() if name.startswith("torc
 assert not {{"_Unimported", "_Finder"}} & {{type(thing).__name__ for module in found for thing in (module, module.__spec__.loader)}}
 assert torch._dynamo is sys.modules["torch._dynamo"] and torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1)) == 2
 """)
+    assert log.read_text().count("torch.compile is imported after all, somebody wants torch._dynamo") == 1  # fmt: skip
 
 
 def test_nobody_does_without_the_compiler_for_long_or_where_it_was_looked_for():

@@ -24,6 +24,7 @@ import torch
 from . import traces
 from .cache import cache_folder
 from .hardware import Hardware
+from .trace_draft import Draft
 
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
 FILES = (
@@ -208,7 +209,7 @@ class Compiled:
         self._compiler, self._function, self._prepare = compiler, function, prepare
         self._signature = inspect.signature(function)
         self._traced: Callable | None = None
-        self._draft = traces.Draft()
+        self._draft = Draft()
 
     @functools.cached_property
     def _kept(self) -> list[traces.Ready]:
@@ -243,7 +244,7 @@ class Compiled:
             }
             self._traced = torch.compile(self._function, backend=self._backend, options=options)
         graphs, state = self._compiler.graphs, traces.state()
-        self._draft = draft = traces.Draft()
+        self._draft = draft = Draft()
         try:
             result = self._traced(*args, **kwargs)
             if self._compiler.graphs > graphs:
@@ -252,7 +253,7 @@ class Compiled:
             draft.close()
         return result
 
-    def _keep(self, draft: traces.Draft, call: dict[str, Any], result: Any, state: str) -> None:
+    def _keep(self, draft: Draft, call: dict[str, Any], result: Any, state: str) -> None:
         try:
             self._compiler.add(draft.finish(self._function, call, result, state))
         except Exception as why:  # whatever torch raises where it cannot write; the result is there

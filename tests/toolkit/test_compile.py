@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ark.toolkit import traces
-from ark.toolkit.traces import Unkept
+from ark.toolkit.facts import Unkept, function_of
 
 PACK_PARENT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")  # fmt: skip
@@ -159,12 +158,12 @@ def test_a_damaged_trace_is_said_and_traced_anew(folder):
 )
 def test_guards_can_only_look(expression):
     with pytest.raises((Unkept, NameError)):
-        traces._function(expression, {"L": {}})({})
+        function_of(expression, {"L": {}})({})
 
 
 def test_guards_look_at_places_and_compare():
     class Thing:
         sizes = (3, 4)
 
-    look = traces._function("2 <= L['x'].sizes[1] and not hasattr(L['x'], 'y')", {})
+    look = function_of("2 <= L['x'].sizes[1] and not hasattr(L['x'], 'y')", {})
     assert look({"x": Thing()}) is True

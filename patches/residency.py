@@ -155,17 +155,29 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
             return super().pin_weight_to_device(key)
         return self.masters.pin(self.model, key, self.load_device)
 
-    def patch_hook_weight_to_device(self, hooks, combined_patches, key, *rest):
+    def patch_hook_weight_to_device(self, hooks, combined_patches, key, *rest, **named):
         """Patch as the host does; it writes in place."""
-        self.masters.changed()
-        self.masters.make_writable(self.model, key)
-        return super().patch_hook_weight_to_device(hooks, combined_patches, key, *rest)
+        self._before_writing(key)
+        return super().patch_hook_weight_to_device(hooks, combined_patches, key, *rest, **named)
 
-    def patch_cached_hook_weights(self, cached_weights, key, *rest):
+    def patch_cached_hook_weights(self, cached_weights, key, *rest, **named):
         """Patch as the host does; it writes in place."""
+        self._before_writing(key)
+        return super().patch_cached_hook_weights(cached_weights, key, *rest, **named)
+
+    def unpatch_hooks(self, *args, **named):
+        """Undo as the host does; it writes in place."""
+        self._before_writing(*self.hook_backup)
+        return super().unpatch_hooks(*args, **named)
+
+    def _before_writing(self, *keys: str) -> None:
+        """Let some weights lie where writing to them counts, and nowhere else."""
+        if not keys:
+            return
         self.masters.changed()
-        self.masters.make_writable(self.model, key)
-        return super().patch_cached_hook_weights(cached_weights, key, *rest)
+        self.masters.bring_back(self.model, self.load_device)
+        for key in keys:
+            self.masters.make_writable(self.model, key)
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         """Unload as the host does, without copying back what the file has."""

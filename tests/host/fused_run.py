@@ -11,11 +11,12 @@ sys.path.insert(0, str(host))
 from comfy.cli_args import args  # noqa: E402
 
 args.cpu = True
+import comfy.hooks  # noqa: E402
 import comfy.model_management  # noqa: E402
 import torch  # noqa: E402
 
 sys.path.append(str(pack_parent))
-from tiny_klein import KLEIN, difference, with_lora, write_fp8  # noqa: E402
+from tiny_klein import KLEIN, difference, lora_hook, with_lora, write_fp8  # noqa: E402
 
 from ark.patches import warmup  # noqa: E402
 from ark.patches.attention import set_attention  # noqa: E402
@@ -28,15 +29,17 @@ from ark.toolkit.fused import graph  # noqa: E402
 from ark.toolkit.fused.matrix import Fp8  # noqa: E402
 from ark.toolkit.kernels import KERNELS, AttentionKernel  # noqa: E402
 
-found = {}
+found: dict = {"hooks": {}}
 
 
-def sample(model, size=(4, 5), batch=1, txt_len=32, references=0, cfg=None):
+def sample(model, size=(4, 5), batch=1, txt_len=32, references=0, cfg=None, hook=None):
     torch.manual_seed(0)
     options = {"pooled_output": None}
     if references:
         options["reference_latents"] = [torch.randn(1, 128, 3 + n, 4) for n in range(references)]
     positive = [[torch.randn(1, txt_len, 192), options]]
+    if hook is not None:
+        positive = comfy.hooks.set_hooks_for_conditioning(positive, hook)
     latent = {"samples": torch.zeros(batch, 128, *size)}
     guided = {"cfg": cfg, "negative": [[torch.randn(1, txt_len, 192), options]]} if cfg else {}
     return sample_klein(model, positive, latent, 7, 2, 1.0, **guided)["samples"]
@@ -84,6 +87,15 @@ with torch.inference_mode():
         )
     found["lora_matters"] = difference(sample(with_lora(model, 0.5, 0.05)), expected)
     found["errors"]["lora_removed"] = difference(sample(fused), expected)
+
+    # the same in the hooks of a conditioning, in turns with none
+    fp8, _ = set_fused(model, "fp8")
+    for name, one in (("host", model), ("fused", fused), ("fp8", fp8)):
+        patched = {strength: sample(with_lora(one, strength, 0.05)) for strength in (1.0, 0.5)}
+        before, again = sample(one), lora_hook(model, 1.0, 0.05)
+        for strength, hook in ((1.0, again), (0.5, lora_hook(model, 0.5, 0.05)), (1.0, again)):
+            found["hooks"][f"{name}, {strength}"] = difference(sample(one, hook=hook), patched[strength])  # fmt: skip
+            found["hooks"][f"{name}, without {strength}"] = difference(sample(one), before)
 
     # what it does not know goes to the host
     messages = logging.handlers.MemoryHandler(1000)

@@ -41,6 +41,10 @@ def test_a_run_that_is_not_finite_is_repeated_on_the_host(found):
     assert len(found["guard_told"]) == 1 and "overflow in the fused engine" in found["guard_told"][0]  # fmt: skip
 
 
+def test_loras_in_the_hooks_of_a_conditioning_are_followed(found):
+    assert len(found["hooks"]) == 12 and max(found["hooks"].values()) < LIMIT
+
+
 def test_fp8_is_made_once_and_follows_the_weights(found):
     assert 0 < found["fp8_error"] < 0.3
     assert found["fp8_matrices"] == 20  # 4 a stream, 2 a single block

@@ -20,6 +20,15 @@ def with_lora(model, strength, size=0.02):
     return patched
 
 
+def lora_hook(model, strength, size=0.02):
+    """As `with_lora`, for a conditioning: it is written into the weights while that is sampled."""
+    import comfy.hooks
+
+    torch.manual_seed(1)
+    name, shape = QKV.removesuffix(".weight"), model.model.state_dict()[QKV].shape
+    return comfy.hooks.create_hook_lora({f"{name}.diff": torch.randn(shape) * size}, strength, 0.0)
+
+
 def difference(a, b):
     """Relative to the second, where that is finite: 0.3.75 makes NaN of a prompt of nothing but padding."""
     finite = b.isfinite()

@@ -44,6 +44,7 @@ class Masters:
         self.follower: Callable[[], Any] = lambda: None  # see `ResidentPatcher.lead`
         self.released: set[str] = set()  # at home, though the host takes them to be on the device
         self.patched: Mapping[str, Any] = {}  # by key, what the host has to restore
+        self.hooked: Mapping[str, Any] = {}  # the same, of the hooks of a conditioning
         self.watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
         for key, weight in weights_of(module).items():
             if origin := opened.origin_of(stored_in(weight)):
@@ -179,7 +180,8 @@ class Masters:
     def release(self, module: torch.nn.Module, keys: Iterable[str]) -> None:
         """Give up the device's copies of weights that nothing will read there; patched ones stay. See `bring_back`."""
         now = weights_of(module)
-        going = (set(keys) & self.origins.keys()) - self.at_home(module) - self.patched.keys()
+        going = (set(keys) & self.origins.keys()) - self.at_home(module)
+        going -= self.patched.keys() | self.hooked.keys()
         buffers = {stored_in(now[key]).untyped_storage().data_ptr() for key in going}
         for key in self.homes.keys() - going:
             if stored_in(now[key]).untyped_storage().data_ptr() in buffers:

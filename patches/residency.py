@@ -167,17 +167,16 @@ class ResidentPatcher(comfy.model_patcher.ModelPatcher):
 
     def unpatch_hooks(self, *args, **named):
         """Undo as the host does; it writes in place."""
-        self._before_writing(*self.hook_backup)
+        if self.hook_backup:
+            self.masters.changed()
         return super().unpatch_hooks(*args, **named)
 
-    def _before_writing(self, *keys: str) -> None:
-        """Let some weights lie where writing to them counts, and nowhere else."""
-        if not keys:
-            return
+    def _before_writing(self, key: str) -> None:
+        """Let a weight lie where writing to it counts, until the host has put it right again."""
         self.masters.changed()
         self.masters.bring_back(self.model, self.load_device)
-        for key in keys:
-            self.masters.make_writable(self.model, key)
+        self.masters.make_writable(self.model, key)
+        self.masters.hooked = self.hook_backup
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         """Unload as the host does, without copying back what the file has."""

@@ -199,6 +199,26 @@ with torch.inference_mode():
     note("fp8_after_host", torch.equal(sample(low), first))
     note("lora", torch.equal(sample(with_lora(low, 1.0, 0.05)), changed))
     note("lora_removed", torch.equal(sample(low), first))
+
+    def half(model, **how):
+        """A run whose last step is the host's own."""
+        calls, model = [], model.clone()
+
+        def apply(apply_model, given):
+            calls.append(1)
+            options = dict(given["c"]["transformer_options"])
+            options |= {"patches": {"of_another_node": [print]}} if len(calls) > 1 else {}
+            return apply_model(given["input"], given["timestep"], **{**given["c"], "transformer_options": options})  # fmt: skip
+
+        model.set_model_unet_function_wrapper(apply)
+        return sample(model, **how)
+
+    hook = lora_hook(sent, 1.0, 0.05)
+    note("hook", torch.equal(sample(low, hook=hook), changed))
+    note("hook_removed", torch.equal(sample(low), first))
+    expected_half = half(with_lora(low, 1.0, 0.05))
+    found["half"] = difference(half(low, hook=hook), expected_half), difference(expected_half, changed)  # fmt: skip
+    note("hook_and_host", torch.equal(sample(low), first))
     freed = low.partially_unload(torch.device("cpu"), 1000)
     note("partly_unloaded", freed >= 1000)
     note("after_that", torch.equal(sample(low), first))

@@ -109,12 +109,14 @@ def test_fp8_copies_take_the_place_of_the_weights_until_the_host_needs_them(foun
     assert all(same for same, *_ in states.values())
     with_fp8 = {name: rest for name, (_, *rest) in states.items() if rest[0]}
     assert with_fp8.keys() == {
-        "fp8", "fp8_again", "fp8_after_host", "lora", "lora_removed", "after_that", "reloaded"
+        "fp8", "fp8_again", "fp8_after_host", "lora", "lora_removed", "hook", "hook_removed", "hook_and_host", "after_that", "reloaded"
     }  # fmt: skip
     for name, (released, on_device, in_flat_buffer) in with_fp8.items():
-        assert released == 20 - (name == "lora")  # what a LoRA has changed stays
+        assert released == 20 - (name in ("lora", "hook"))  # what a LoRA has changed stays
         assert released + on_device == 41 and in_flat_buffer == 0
     assert found["made_once"] and found["no_forward_left"]
+    with_a_hook, with_the_host = found["half"]
+    assert with_a_hook < LIMIT < 0.001 < with_the_host
 
 
 def test_the_engine_is_warmed_up_once(found):

@@ -1,4 +1,4 @@
-"""Texts are encoded before their prompt's turn comes, while the GPU idles.
+"""Texts are encoded, and noise is drawn, before their prompt's turn comes, while the GPU idles.
 
 That is while a picture is saved, for the prompt that is next in the queue, and while the host looks at a prompt that has just
 arrived. Only what needs no loading and no other node: a text of its own, encoded by the CLIP that an ArkFastLoader has given.
@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from ..patches import fast_vae
+from ..patches import fast_vae, noise
 from ..patches.cached_clip import CachedCLIP
 from ..toolkit.shared import short_turns
 from . import live
 
 LOADER, CLIP_OUTPUT = "ArkFastLoader", 1
 ENCODERS = "CLIPTextEncode", "ArkTextEncode"
+SAMPLER = "ArkSampler4Step"
 KEPT, TEXTS = 8, 4  # loaders that are known; texts of one prompt
 log = logging.getLogger("ark")
 _clips: OrderedDict[str, weakref.ref[CachedCLIP]] = OrderedDict()
@@ -53,6 +54,8 @@ def look() -> list[Future[bool]]:
     try:
         with queue.mutex:
             waiting = queue.queue[0] if queue.queue else None  # a heap
+        if waiting:
+            _expect_noise(waiting[2])
         texts = list(_texts(waiting[2])) if waiting else []
     except Exception as error:  # a host that keeps its queue otherwise; the picture is there
         log.debug("Ark: the queue could not be read (%s).", error)
@@ -66,6 +69,8 @@ def arrived(request: Any) -> Any:
         queue = live.server().prompt_queue
         with queue.mutex:
             busy = bool(queue.queue or queue.currently_running)
+        if not busy:
+            _expect_noise(request["prompt"])
         for clip, text in [] if busy else _texts(request["prompt"]):
             coming = _worker.submit(_call, clip.encode_ahead(text))
             # else who is about to run the prompt keeps the interpreter for longer than all of it takes
@@ -74,6 +79,14 @@ def arrived(request: Any) -> Any:
     except Exception as error:  # whatever was posted; the host will say what is wrong with it
         log.debug("Ark: a prompt could not be read (%s).", error)
     return request
+
+
+def _expect_noise(prompt: dict[str, dict]) -> None:
+    """Have the noise drawn of what a prompt samples."""
+    for node in prompt.values():
+        seed = node["inputs"].get("seed") if node.get("class_type") == SAMPLER else None
+        if isinstance(seed, int):
+            noise.expect(seed)
 
 
 def _texts(prompt: dict[str, dict]) -> Iterator[tuple[CachedCLIP, str]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
 
 import torch
 from comfy.cli_args import args
@@ -23,33 +22,45 @@ _spare = Spare()
 _twins = Twins()
 
 
-def deliver(
-    tensor: torch.Tensor, device: torch.device, wanted_there: bool = False, meanwhile: Callable[[], None] = lambda: None
-) -> torch.Tensor:  # fmt: skip
-    """Bring a result to where the host wants it: from a GPU through pinned memory.
+class Delivery:
+    """A result on its way to where the host wants it: from a GPU through pinned memory.
 
     Args:
         tensor: of the result; nobody writes to it any more.
         device: where to.
-        wanted_there: whether it is likely to be uploaded again.
-        meanwhile: called when that has begun; gives the GPU more to do, which is not waited for.
     """
-    there = pinned(tensor) if tensor.device.type == "cuda" and device.type == "cpu" else None
-    if there is None:
-        found = tensor.to(device)
-        meanwhile()
-        return found
-    there.copy_(tensor, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(tensor.device))
-    meanwhile()
-    copied.synchronize()
-    shape = tuple(tensor.shape)
-    result = _spare.take(shape, tensor.dtype).copy_(there)
-    _spare.prepare(shape, tensor.dtype)
-    if wanted_there:
-        _twins.remember(result, tensor.contiguous())
-    return result
+
+    def __init__(self, tensor: torch.Tensor, device: torch.device):
+        self._tensor, self._there = tensor, None
+        if tensor.device.type == "cuda" and device.type == "cpu":
+            self._there = pinned(tensor)
+        if self._there is None:
+            self._tensor = tensor.to(device)
+            return
+        self._there.copy_(tensor, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record(torch.cuda.current_stream(tensor.device))
+
+    def arrived(self, wanted_there: bool = False) -> torch.Tensor:
+        """The result, once; waits for it.
+
+        Args:
+            wanted_there: whether it is likely to be uploaded again.
+        """
+        if self._there is None:
+            return self._tensor
+        self._copied.synchronize()
+        shape = tuple(self._there.shape)
+        result = _spare.take(shape, self._there.dtype).copy_(self._there)
+        _spare.prepare(shape, self._there.dtype)
+        if wanted_there:
+            _twins.remember(result, self._tensor.contiguous())
+        return result
+
+
+def deliver(tensor: torch.Tensor, device: torch.device, wanted_there: bool = False) -> torch.Tensor:
+    """Bring a result to where the host wants it, see `Delivery`."""
+    return Delivery(tensor, device).arrived(wanted_there)
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

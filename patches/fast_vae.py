@@ -21,7 +21,7 @@ import torch
 from ..toolkit.architecture import LATENT_CHANNELS, SPATIAL_FACTOR
 from ..toolkit.foresight import Foresight
 from ..toolkit.pixel_layers import COLOURS
-from .deliver import current, deliver, upload
+from .deliver import Delivery, current, deliver, upload
 from .vae_engine import VaeEngine
 
 CHANNELS = {"decode": LATENT_CHANNELS, "encode": COLOURS}  # of what each way reads
@@ -71,7 +71,7 @@ class FastVAE(comfy.sd.VAE):
         if plain and not any(args) and not any(named.values()):
             picture = latents.take(self, samples_in)
             if picture is not None and self._fits("decode"):
-                return deliver(picture, self.output_device)
+                return picture.arrived()
             size = [SPATIAL_FACTOR * side for side in samples_in.shape[2:]]
             found = self._run("decode", samples_in, size, lambda x: x, self.process_output)
             if found is not None:
@@ -87,14 +87,14 @@ class FastVAE(comfy.sd.VAE):
                 return found
         return super().encode(pixel_samples, *args, **named)
 
-    def begin(self, result: torch.Tensor) -> torch.Tensor | None:
+    def begin(self, result: torch.Tensor) -> Delivery | None:
         """Let the device decode latents that lie there; None where that would take more than to replay a recording.
 
         Args:
             result: [B, 128, H/16, W/16].
 
         Returns:
-            IMAGEs on the device, which is still at it.
+            IMAGEs, which the device is still at.
         """
         engine: Any = self.engine
         if result.device != self.device or not self._fits("decode"):
@@ -104,7 +104,8 @@ class FastVAE(comfy.sd.VAE):
             return None
         try:
             with current(self.device):
-                return self._made(result, lambda x: self.process_output(engine.decode(record, x)))
+                images = self._made(result, lambda x: self.process_output(engine.decode(record, x)))
+                return Delivery(images, self.output_device)
         except RuntimeError as error:  # out of memory, too; it is decoded when it is asked for
             log.info("Ark VAE: a picture could not be begun ahead (%s).", str(error).partition("\n")[0])  # fmt: skip
             return None

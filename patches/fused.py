@@ -21,6 +21,7 @@ from ..toolkit.fused.matrix import Matrix, Plain
 from ..toolkit.fused.runner import COMPUTED, PRECISIONS, Runner, Unknown, choose_engine
 from ..toolkit.rehearsal import rehearse_step
 from ..toolkit.step_weights import SingleBlock, Stream, Weights
+from .first_step import FirstStep
 from .guard import OVERRIDE, PLAIN, add_guard, is_finite
 from .warmup import warm_up
 
@@ -123,6 +124,7 @@ class Engine:
 
     Attributes:
         form: what its last run was given, see `stay.py`.
+        first: begins the first step of its runs.
     """
 
     def __init__(self, base: Any, runner: Runner):
@@ -131,12 +133,14 @@ class Engine:
         if self.masters:
             self.masters.watchers.add(self)
         self.form: Any = None
+        self.first = FirstStep(self)
         self._patches: Any = None  # the host's name for the set of patches that the weights have
         self._made: Weights | None = None  # the record, of masters that say when it no longer holds
 
     def weights_changed(self) -> None:
         """Give up what was made of the weights: they lie elsewhere now, or are others."""
         self.runner.release()
+        self.first.forget()
         self._made = None
 
     def forward(self, flux: Any, picture: int, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -218,7 +222,15 @@ class Engine:
             self.weights_changed()  # they may have been written in place
             self._patches = patches
         ids = torch.cat((txt_ids[0], img_ids[0]))  # the same for each picture
-        return self.runner.run(self.record(flux, img), img, txt, ids, timesteps, kernel, picture)
+        call = self.record(flux, img), img, txt, ids, timesteps, kernel, picture
+        return self.runner.run(*call, begun=self.first.asked(*call))
+
+    def unchanged(self, weights: Weights | None) -> bool:
+        """Whether a run would be given this record again, for all that is known without it."""
+        return (
+            self._made is weights is not None
+            and self.base.current_weight_patches_uuid == self._patches
+        )
 
     def record(self, flux: Any, like: torch.Tensor) -> Weights:
         """The weights; of a model that Ark loaded, until they move or change; what fp8 copies were made of leaves the device then.

@@ -1,21 +1,28 @@
 """A result that is not finite is never handed on while another kernel can do better.
 
 Low-precision kernels can overflow; the picture is black then. NaN and Inf survive every later step, so one look at the
-end of a run sees them all, with one synchronisation a run.
+end of a run sees them all, with one synchronisation a run. Who has more for the device to do until then may look later.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+
+from ..toolkit.answer import Answer
 
 OVERRIDE = "optimized_attention_override"
 SAMPLER_SAMPLE = "sampler_sample"  # the host's WrappersMP.SAMPLER_SAMPLE
 KEY = "ark_guard"
 PLAIN = "ark_plain"  # in a run's options: everything on the host's own code
 log = logging.getLogger("ark")
+_doubts: ContextVar[list[Callable[[], bool]] | None] = ContextVar("ark_doubts", default=None)
 
 
 def add_guard(model: Any, kernel: str) -> None:
@@ -30,9 +37,14 @@ def add_guard(model: Any, kernel: str) -> None:
     def guarded(executor, guider, sigmas, extra_args, *args, **kwargs):
         if guarded.failed:
             return executor(guider, sigmas, _on_the_host(extra_args), *args, **kwargs)
-        samples = executor(guider, sigmas, extra_args, *args, **kwargs)
-        if is_finite(samples):
-            return samples
+        if not guarded.repeats:
+            samples = executor(guider, sigmas, extra_args, *args, **kwargs)
+            if (doubts := _doubts.get()) is not None:
+                doubts.append(functools.partial(_was_finite, guarded, Answer(_finite(samples))))
+                return samples
+            if is_finite(samples):
+                return samples
+        guarded.repeats = False
         again = executor(guider, sigmas, _on_the_host(extra_args), *args, **kwargs)
         if is_finite(again):
             guarded.failed = True
@@ -50,12 +62,37 @@ def add_guard(model: Any, kernel: str) -> None:
 
     wrapper: Any = guarded
     wrapper.failed = False  # for who reports, too
+    wrapper.repeats = False  # a run that was not finite
     model.add_wrapper_with_key(SAMPLER_SAMPLE, KEY, wrapper)
+
+
+@contextlib.contextmanager
+def doubted() -> Iterator[list[Callable[[], bool]]]:
+    """Runs in which no guard waits for the device; they end before this does.
+
+    Yields:
+        What says, when the device has come to it, whether a run is right. If one says no, the run has to be repeated outside.
+    """
+    doubts: list[Callable[[], bool]] = []
+    before = _doubts.set(doubts)
+    try:
+        yield doubts
+    finally:
+        _doubts.reset(before)
 
 
 def is_finite(samples: torch.Tensor) -> bool:
     """Whether there is neither NaN nor Inf in it; waits for the device."""
-    return bool(torch.isfinite(samples).all())
+    return bool(_finite(samples))
+
+
+def _finite(samples: torch.Tensor) -> torch.Tensor:
+    return torch.isfinite(samples).all()
+
+
+def _was_finite(guarded: Any, answer: Answer) -> bool:
+    guarded.repeats = not answer
+    return not guarded.repeats
 
 
 def remove_guard(model: Any) -> None:

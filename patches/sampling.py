@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
-import comfy.sample
 import comfy.samplers
 import comfy.utils
 import latent_preview
@@ -15,18 +14,16 @@ import torch
 
 from ..toolkit.architecture import SPATIAL_FACTOR
 from ..toolkit.clock import Pace
-from ..toolkit.late import Coming, Late
 from ..toolkit.schedule import klein_sigmas
 from . import fast_vae
-from .deliver import deliver, pinned, upload
-from .euler import is_hosts, shortened
-from .guard import KEY, SAMPLER_SAMPLE
+from .deliver import Delivery, upload
+from .euler import shortened
+from .fused import engine_on
+from .guard import doubted
+from .noise import noise_for
 from .references import REFERENCES
 from .sampling_inputs import check_conditioning, check_latent, check_mask, check_model, check_sigmas
 from .stay import ready_again, stay
-
-SEEING_NOISE = "outer_sample", SAMPLER_SAMPLE  # of the host's WrappersMP
-_late = Late("ark-noise")
 
 
 def sample_klein(
@@ -74,116 +71,58 @@ def sample_klein(
     else:
         check_sigmas(sigmas)
     device = torch.device(model.load_device)
-    noise = _Noise(model, samples, seed, latent.get("batch_index"))
-    guider = _guider(model, positive, negative, cfg)
-    sampler = _sampler(model, guider, noise)
-    show, pace = _show(model, len(sigmas) - 1, preview), Pace(device)
 
-    def after_step(*step: Any) -> None:
-        watch(*step)
-        pace.step()
-        show(*step)
+    def run(doubts: list[Callable[[], bool]] | None = None) -> torch.Tensor:
+        noise, own = noise_for(model, samples, seed, latent.get("batch_index"))
+        guider, sampler = _guider(model, positive, negative, cfg), comfy.samplers.sampler_object("euler")  # fmt: skip
+        show, pace = _show(model, len(sigmas) - 1, preview), Pace(device)
+        first: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if ready_again(model, noise.shape, guider):
+            stay(guider)
+            sampler = shortened(sampler)
+            level = float(sigmas[0])
+            pure = own and "noise_mask" not in latent and (level == 1 or not samples.any())
+            if doubts is not None and pure and len(positive) == 1 and (engine := engine_on(model)):
+                first = engine.first.run(model, level * noise, positive[0][0], doubts)
 
-    try:
-        result = guider.sample(
-            noise.tensor,
-            upload(samples, device),
-            sampler,
-            sigmas,
-            denoise_mask=latent.get("noise_mask"),
-            callback=after_step,
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=seed,
-        )
-    except torch.cuda.OutOfMemoryError as error:
-        # of the same type, as the host then frees what it holds
-        raise torch.cuda.OutOfMemoryError(_too_large(samples, positive)) from error
-    return {**latent, "samples": _hand_over(result, wanted=preview)}
+        def after_step(*step: Any) -> None:
+            watch(*step)
+            pace.step()
+            show(*step)
 
+        try:
+            with first:
+                return guider.sample(
+                    noise,
+                    upload(samples, device),
+                    sampler,
+                    sigmas,
+                    denoise_mask=latent.get("noise_mask"),
+                    callback=after_step,
+                    disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+                    seed=seed,
+                )
+        except torch.cuda.OutOfMemoryError as error:
+            # of the same type, as the host then frees what it holds
+            raise torch.cuda.OutOfMemoryError(_too_large(samples, positive)) from error
 
-def _sampler(model: Any, guider: Any, noise: _Noise) -> Any:
-    """The host's Euler, as short as it can be for this run, which has the noise in place when it starts."""
-    sampler = comfy.samplers.sampler_object("euler")
-    if ready := ready_again(model, noise.tensor.shape, guider):
-        stay(guider)
-        sampler = shortened(sampler)
-    sampler.sample = functools.partial(noise.arrive_for, sampler.sample, ready)  # on this object
-    return sampler
+    with doubted() as doubts:
+        made = _hand_over(run(doubts), wanted=preview)
+    if not all([doubt() for doubt in doubts]):  # each of them draws its conclusion
+        made = _hand_over(run(), wanted=preview)
+    return {**latent, "samples": made}
 
 
 def _hand_over(result: torch.Tensor, wanted: bool) -> torch.Tensor:
-    """Latents where the host wants them; their picture is begun meanwhile, if that is likely to be wanted next."""
-    device = comfy.model_management.intermediate_device()
-    if not wanted:
-        return deliver(result, device)
-    begin = functools.partial(fast_vae.latents.begin, tuple(result.shape), result)
-    return fast_vae.latents.made(deliver(result, device, wanted_there=True, meanwhile=begin))
+    """Latents where the host wants them; their picture is begun, if that is likely to be wanted next.
 
-
-class _Noise:
-    """The host's noise.
-
-    To draw it takes as long as all that the host does before the first step: another thread does that meanwhile, unless
-    somebody else has a hand in it, or a wrapper there, which may look at it.
-
-    Attributes:
-        tensor: [B, C, H, W] on the device; its numbers are there when the sampler starts.
+    The device is still at the last step: whoever waits for it before has it wait for them after that.
     """
-
-    _coming: tuple[torch.Tensor, Coming] | None  # where it is drawn
-
-    def __init__(self, model: Any, samples: torch.Tensor, seed: int, indices: Any):
-        device = torch.device(model.load_device)
-        options = model.model_options.get("transformer_options", {})
-        wrappers = model.wrappers, options.get("wrappers", {})  # either way
-        seen = any(found.get(kind, {}).keys() - {KEY} for found in wrappers for kind in SEEING_NOISE)  # fmt: skip
-        # nobody has replaced it
-        own = is_hosts(comfy.sample, "prepare_noise")
-        usual = indices is None and samples.dtype is torch.float32 and own and not seen
-        source = None
-        if usual:
-            # in order, as it is drawn, however the latents lie
-            source = pinned(samples) if device.type == "cuda" else torch.empty(samples.shape)
-        if source is None:
-            self._coming = None
-            self.tensor = upload(comfy.sample.prepare_noise(samples, seed, indices), device)
-            return
-        self._coming = source, _late.begin(functools.partial(_draw, source, seed))
-        self.tensor = torch.empty_like(samples, device=device)
-
-    def arrive_for(
-        self, sample: Callable, replayed: bool, guider: Any, sigmas: torch.Tensor, extra_args: dict, callback: Any, noise: torch.Tensor, *others: Any, **named: Any,
-    ) -> torch.Tensor:  # fmt: skip
-        """Call the host's sampler, which gets the noise, or a copy of it.
-
-        Only a run that replays recordings asks for little enough that the device's queue holds all of it: the drawing thread
-        must never wait for one that waits for room there.
-        """
-        if self._coming is None:
-            return sample(guider, sigmas, extra_args, callback, noise, *others, **named)
-        source, drawing = self._coming
-        if replayed:
-            drawing.precede(noise.device)
-        else:
-            drawing.result()
-        noise.copy_(source, non_blocking=True)
-        result = sample(guider, sigmas, extra_args, callback, noise, *others, **named)
-        drawing.result()  # raises what went wrong there
-        return result
-
-
-def _draw(there: torch.Tensor, seed: int) -> None:
-    """The host's noise without the host: to set the seeds of all devices takes it a good part of the time."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.inference_mode():  # as it may have been made in
-        torch.randn(there.shape, generator=generator, dtype=torch.float32, out=there)
-    _late.begin(functools.partial(_seed, seed, generator))
-
-
-def _seed(seed: int, generator: torch.Generator) -> None:
-    """Leave torch's own generators as the host does."""
-    torch.manual_seed(seed)
-    torch.set_rng_state(generator.get_state())
+    coming = Delivery(result, comfy.model_management.intermediate_device())
+    if not wanted:
+        return coming.arrived()
+    fast_vae.latents.begin(tuple(result.shape), result)
+    return fast_vae.latents.made(coming.arrived(wanted_there=True))
 
 
 def _show(model: Any, steps: int, preview: bool) -> Callable[..., None]:

@@ -16,7 +16,7 @@ import nodes as stock  # noqa: E402
 sys.path.append(str(pack_parent))
 from tiny_klein import KLEIN  # noqa: E402
 
-from ark.patches import sampling  # noqa: E402
+from ark.patches import first_step, sampling  # noqa: E402
 from ark.patches.attention import set_attention  # noqa: E402
 from ark.patches.fused import engine_on, set_fused  # noqa: E402
 from ark.patches.text_encoder import load_text_encoder  # noqa: E402
@@ -24,17 +24,9 @@ from ark.patches.transformer import load_transformer  # noqa: E402
 from ark.patches.vae import load_vae  # noqa: E402
 from ark.patches.warmup import settle  # noqa: E402
 from ark.toolkit.embedded import ASSETS, embedded_text_encoder  # noqa: E402
+from ark.toolkit.fused.runner import Runner  # noqa: E402
 
 found: dict = {}
-
-
-class AtOnce:
-    """Jobs that are waited for here."""
-
-    def begin(self, job):
-        coming = usual_late.begin(job)
-        coming.precede = lambda device: coming.result()
-        return coming
 
 
 def encode(clip, text):
@@ -58,13 +50,13 @@ with torch.inference_mode():
         texts.append([known, clip.source, torch.equal(conditioning[0][0], encode(fresh, text)[0][0])])  # fmt: skip
     found["text_recorded"] = clip.cond_stage_model.engine.graphs.recorded
 
-    # steps: the short way and the stream that waits for the noise change no number
-    usual_late, usual_short, asked = sampling._late, sampling.shortened, sampling.ready_again
+    # steps: neither the short way nor a first one that was begun changes a number
+    usual_short, usual_devices, asked = sampling.shortened, first_step.DEVICES, sampling.ready_again
     ways = {
-        "neither": (lambda sampler: sampler, AtOnce()),
-        "short": (usual_short, AtOnce()),
-        "late": (lambda sampler: sampler, usual_late),
-        "both": (usual_short, usual_late),
+        "neither": (lambda sampler: sampler, ()),
+        "short": (usual_short, ()),
+        "begun": (lambda sampler: sampler, usual_devices),
+        "both": (usual_short, usual_devices),
     }
     ready: list[bool] = []
 
@@ -78,12 +70,20 @@ with torch.inference_mode():
     def sample(seed, latent=latent):
         return sampling.sample_klein(model, conditioning, latent, seed, 4, 1.0)
 
+    begun, own_begin = {}, Runner.begin
+
+    def counted(*given):
+        begun[name] = begun.get(name, 0) + 1
+        return own_begin(*given)
+
+    name, Runner.begin = "first", counted
     first = [sample(seed)["samples"] for seed in range(3)]
     results = {}
-    for name, (sampling.shortened, sampling._late) in ways.items():
+    for name, (sampling.shortened, first_step.DEVICES) in ways.items():
         results[name] = [sample(seed)["samples"] for seed in range(3)]
     found["same"] = [torch.equal(a, b) for made in results.values() for a, b in zip(made, results["neither"], strict=True)]  # fmt: skip
     found["near"] = max(float((a - b).norm() / b.norm()) for a, b in zip(first, results["neither"], strict=True))  # fmt: skip
+    found["begun"] = dict(begun)
     runner = engine_on(model).runner
     found["ready"], found["recorded"] = list(ready), runner.graphs.recorded
     found["why_not"], found["reasons"] = runner.graphs.why_not, sorted(runner.reasons)

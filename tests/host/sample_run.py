@@ -32,6 +32,7 @@ sys.path.append(str(pack_parent))
 from ark.nodes.references import ArkReferenceImages  # noqa: E402
 from ark.nodes.sample import ArkSampler4Step  # noqa: E402
 from ark.nodes.schedule import ArkScheduler  # noqa: E402
+from ark.patches import noise as drawing  # noqa: E402
 from ark.patches import sampling  # noqa: E402
 from ark.patches.text_encoder import load_text_encoder  # noqa: E402
 from ark.patches.transformer import load_transformer  # noqa: E402
@@ -289,7 +290,7 @@ with torch.inference_mode():
     def drawn_after(run):
         torch.manual_seed(0)
         result = run()
-        sampling._late.settle()
+        drawing.settle()
         return result, torch.rand(3)
 
     latent = empty(64, 64)["samples"]

@@ -28,6 +28,7 @@ def test_steps(found):
     assert found["reasons"] == [] and found["recorded"] == 1
     assert all(found["same"]) and found["near"] < 0.01
     assert not found["ready"][0] and all(found["ready"][3:])
+    assert found["begun"] == {"begun": 3, "both": 3}
 
 
 def test_pictures(found):

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ..answer import Answer
 from ..gpu_thread import run_there
 from .allocator import ASYNC, refusal
 
@@ -28,7 +29,42 @@ SHAPES = 4  # recorded at most; each holds the memory of one step
 log = logging.getLogger("ark")
 # held meanwhile: under cudaMallocAsync no other thread may use the device then
 recording = threading.Lock()
+_turn = threading.RLock()  # to write to what a recording reads, and to run it
 Function = Callable[..., torch.Tensor]
+
+
+class Begun:
+    """A result that was begun before it was asked for.
+
+    Args:
+        key: of what makes it, and its inputs' forms.
+        inputs: that it was begun with.
+        result: of them.
+        made: the event after which that is there; None if it is.
+    """
+
+    def __init__(self, key: Hashable, inputs: tuple[torch.Tensor, ...], result: torch.Tensor, made: Any = None):  # fmt: skip
+        self._key, self._inputs, self._result, self._made = key, inputs, result, made
+        self._same: Answer | None = None
+
+    def take(self, key: Hashable, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+        """The result, once, if it may be what is asked for; the device compares the inputs, and nobody waits for that."""
+        if self._same is not None or key != self._key:
+            return None
+        if self._made is not None:
+            torch.cuda.current_stream(self._result.device).wait_event(self._made)
+        pairs = zip(self._inputs, inputs, strict=True)
+        self._same = Answer(torch.stack([(mine == given).all() for mine, given in pairs]).all())
+        return self._result
+
+    @property
+    def taken(self) -> bool:
+        """Whether somebody has the result."""
+        return self._same is not None
+
+    def right(self) -> bool:
+        """Whether the result, if somebody has it, is of the inputs asked for; waits until they are compared."""
+        return self._same is None or bool(self._same)
 
 
 class Graphs:
@@ -48,8 +84,9 @@ class Graphs:
         self._runs: dict[Hashable, int] = {}
         self._forms: dict[Hashable, torch.Tensor] = {}  # results without their numbers
         self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
-        self._pool: Any = None  # one memory for all: they never run at the same time
-        self._stream: Any = None
+        self._pool: Any = (
+            None  # one memory for all: they never run at the same time, as there is one stream
+        )
         self._refusal()  # what is to be found out is so the sooner
 
     @property
@@ -70,15 +107,36 @@ class Graphs:
             return True
         return _with_forms(key, inputs) in self._recorded
 
-    def run(self, key: Hashable, function: Function, *inputs: torch.Tensor) -> torch.Tensor:
+    def begin(self, key: Hashable, function: Function, *inputs: torch.Tensor) -> Begun | None:
+        """Replay what a function did, for who is going to `run` it; None if that takes more than to replay.
+
+        Whoever waits for the current stream does not wait for it. Without a device that has something to replay the function
+        is called.
+        """
+        form = _with_forms(key, inputs)
+        if inputs[0].device.type != "cuda":
+            return Begun(form, inputs, function(*inputs))
+        with _turn:
+            if (recorded := self._recorded.get(form)) is None:
+                return None
+            for each in inputs:  # who has them may let go of them before
+                each.record_stream(recorded.stream)
+            result, made = recorded.replay(inputs)
+            result.record_stream(recorded.stream)
+            return Begun(form, inputs, result, made)
+
+    def run(self, key: Hashable, function: Function, *inputs: torch.Tensor, begun: Begun | None = None) -> torch.Tensor:  # fmt: skip
         """Call a function, or replay what it did.
 
         Args:
             key: of everything but the inputs' numbers: what function reads beside them must stay where it is.
             function: launches kernels only; makes no decision by a number.
             inputs: on a CUDA device.
+            begun: what may be the result of it.
         """
         device = inputs[0].device
+        if begun and (found := begun.take(_with_forms(key, inputs), inputs)) is not None:
+            return found
         call = functools.partial(run_there, function, device=device)
         if device.type != "cuda" or self.why_not:
             return call(*inputs)
@@ -86,10 +144,11 @@ class Graphs:
         if (recorded := self._recorded.get(key)) is not None:
             self._recorded.move_to_end(key)
             try:
-                return recorded.replay(inputs)
+                return self._replayed(recorded, inputs)
             except RuntimeError as error:  # others have the memory now that it needs while it runs
                 log.warning("Ark: a recording is made anew (%s).", str(error).partition("\n")[0])
-            del self._recorded[key], recorded  # here, where the error holds nothing of it any more
+            del recorded  # here, where the error holds nothing of it any more
+            self._drop(key)
             return call(*inputs)
         try:
             if key in self._forms:
@@ -107,12 +166,18 @@ class Graphs:
         self._forms[key] = torch.empty_like(result, device="meta")
         return result
 
+    def _replayed(self, recorded: _Recorded, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        with _turn:
+            result, made = recorded.replay(inputs)
+        torch.cuda.current_stream(result.device).wait_event(made)
+        return result
+
     def _aside(self, call: Function, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Run it where it will be recorded, if that matters to the allocator."""
         if torch.cuda.get_allocator_backend() != ASYNC:
             return call(*inputs)
         current = torch.cuda.current_stream()
-        stream = self._stream_on(inputs[0].device)
+        stream = _stream_on(inputs[0].device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             there = call(*inputs)
@@ -121,22 +186,25 @@ class Graphs:
         stream.wait_stream(current)  # before it is freed there
         return result
 
-    def _stream_on(self, device: torch.device) -> Any:
-        self._stream = self._stream or torch.cuda.Stream(device)
-        return self._stream
-
     def _record(self, key: Hashable, function: Function, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:  # fmt: skip
         if torch.cuda.get_allocator_backend() != ASYNC:  # which shares by itself
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-        stream = self._stream_on(inputs[0].device)
+        stream = _stream_on(inputs[0].device)
         with recording:
             how = function, inputs, self._forms[key], self._pool, stream
             recorded = run_there(_Recorded, *how, device=inputs[0].device)
-        result = recorded.replay(inputs)
+        result = self._replayed(recorded, inputs)
         self._recorded[key] = recorded
         while len(self._recorded) > SHAPES:
-            self._recorded.popitem(last=False)
+            self._drop(next(iter(self._recorded)))
         return result
+
+    def _drop(self, *keys: Hashable) -> None:
+        """Give up recordings; one of them may have been begun, and is still running."""
+        with _turn:
+            for key in keys:
+                self._recorded[key].stream.synchronize()
+                del self._recorded[key]
 
     @property
     def recorded(self) -> int:
@@ -151,12 +219,19 @@ class Graphs:
 
     def clear(self) -> None:
         """Give up what was recorded, and its memory."""
-        self._runs.clear()
-        self._forms.clear()
-        self._pool = None
-        if self._recorded:
-            self._recorded.clear()
-            trim()
+        with _turn:
+            self._runs.clear()
+            self._forms.clear()
+            self._pool = None
+            if self._recorded:
+                self._drop(*self._recorded)
+                trim()
+
+
+@functools.lru_cache
+def _stream_on(device: torch.device) -> Any:
+    """The one that all recordings are made and replayed on."""
+    return torch.cuda.Stream(device)
 
 
 def _with_forms(key: Hashable, inputs: tuple[torch.Tensor, ...]) -> Hashable:
@@ -164,12 +239,16 @@ def _with_forms(key: Hashable, inputs: tuple[torch.Tensor, ...]) -> Hashable:
 
 
 class _Recorded:
-    """One recording and the buffers that it reads and writes."""
+    """One recording and the buffers that it reads and writes.
+
+    All are replayed on one stream of a device: so they take turns, and under cudaMallocAsync they share their memory, which
+    stays where it is.
+    """
 
     def __init__(self, function: Function, inputs: tuple[torch.Tensor, ...], form: torch.Tensor, pool: Any, stream: Any):  # fmt: skip
         self.inputs = tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs)
         self.output = torch.empty_like(form, device=inputs[0].device)
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph, self.stream = torch.cuda.CUDAGraph(), stream
         with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
             try:
                 self.output.copy_(function(*self.inputs))
@@ -177,11 +256,17 @@ class _Recorded:
                 _forget(error)
                 raise
 
-    def replay(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            mine.copy_(given)
-        self.graph.replay()
-        return self.output.clone()
+    def replay(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, Any]:
+        """The result, and the event after which it is there."""
+        result, made = torch.empty_like(self.output), torch.cuda.Event()
+        self.stream.wait_stream(torch.cuda.current_stream(result.device))
+        with torch.cuda.stream(self.stream):
+            for mine, given in zip(self.inputs, inputs, strict=True):
+                mine.copy_(given)
+            self.graph.replay()
+            result.copy_(self.output)
+            made.record(self.stream)
+        return result, made
 
 
 def _forget(error: BaseException | None) -> None:

@@ -7,7 +7,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from .graph import SHAPES, Graphs
+from .graph import SHAPES, Function, Graphs
 from .runner import operations_for
 
 WIDTH, DEPTH = 512, 4
@@ -15,7 +15,7 @@ REASON = "it stops in the middle"
 
 
 def attempt() -> str:
-    """Record, replay, replace and give up; and fail in the middle of one.
+    """Record, replay, begin, replace and give up; and fail in the middle of one.
 
     Returns:
         The allocator's name.
@@ -40,6 +40,7 @@ def attempt() -> str:
                             raise ArithmeticError("a recording gives other numbers than what it recorded")  # fmt: skip
                         others[:1] = []
                         torch.cuda.empty_cache()
+                    _begin(graphs, work, x, expected)
             for graphs in both:
                 if graphs.why_not or graphs.recorded != SHAPES:
                     raise RuntimeError(graphs.why_not or f"{graphs.recorded} recordings, not {SHAPES}")  # fmt: skip
@@ -49,6 +50,19 @@ def attempt() -> str:
             raise RuntimeError("after a failure it does not go on")
     torch.cuda.synchronize()
     return torch.cuda.get_allocator_backend()
+
+
+def _begin(graphs: Graphs, work: Function, x: torch.Tensor, expected: torch.Tensor) -> None:
+    """Begin two before they are asked for: one that is, and one that nobody has come for when all else is given up."""
+    begun = graphs.begin("work", work, x.clone())
+    found = graphs.run("work", work, x, begun=begun)
+    if begun is None or not (begun.taken and begun.right() and torch.equal(found, expected)):
+        raise ArithmeticError("what was begun is not what was asked for")
+    wrong = graphs.begin("work", work, x + 1)
+    graphs.run("work", work, x, begun=wrong)
+    if wrong is None or wrong.right():
+        raise ArithmeticError("what was begun of other numbers passes for what was asked for")
+    graphs.begin("work", work, x + 2)
 
 
 def _work(device: torch.device):  # noqa: ANN202

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..kernels.op import attend_flat
 from ..matrices import known_algorithms
 from ..step_weights import Weights
 from . import reference
-from .graph import Graphs
+from .graph import Begun, Function, Graphs
 from .matrix import FP8, Fp8, Joined, Known, Matrix, Plain
 
 PRECISIONS = ("bf16", "fp8")
@@ -85,6 +85,7 @@ class Runner:
         timestep: torch.Tensor,
         kernel: str | None,
         wanted_len: int | None = None,
+        begun: Begun | None = None,
     ) -> torch.Tensor:
         """One step, see `step.denoise`.
 
@@ -96,19 +97,29 @@ class Runner:
             timestep: [B], 0 to 1.
             kernel: the attention kernel's name, None for torch's choice.
             wanted_len: see `step.denoise`.
+            begun: what may be the result, from `begin`.
 
         Raises:
             Unknown: before anything is computed.
         """
-        attend = _attend(kernel, latents.dtype)
+        how = self._how(weights, kernel, wanted_len, latents.dtype)
+        return self.graphs.run(*how, latents, prompt_embeds, ids, timestep, begun=begun)
+
+    def begin(self, weights: Weights, latents: torch.Tensor, prompt_embeds: torch.Tensor, ids: torch.Tensor, timestep: torch.Tensor, kernel: str | None, wanted_len: int | None = None) -> Begun | None:  # fmt: skip
+        """Begin a step that is going to be `run`, if that takes no more than to replay it."""
+        how = self._how(weights, kernel, wanted_len, latents.dtype)
+        return self.graphs.begin(*how, latents, prompt_embeds, ids, timestep)
+
+    def _how(self, weights: Weights, kernel: str | None, wanted_len: int | None, dtype: torch.dtype) -> tuple[Hashable, Function]:  # fmt: skip
+        """What makes a step, and a name for it."""
+        attend = _attend(kernel, dtype)
 
         def work(*inputs: torch.Tensor) -> torch.Tensor:
             x, embeds, coordinates, times = inputs
             table = step.rotary_table(coordinates)
             return step.denoise(weights, x, embeds, times, table, attend, self.operations, wanted_len)  # fmt: skip
 
-        key = (weights.addresses, kernel, wanted_len)
-        return self.graphs.run(key, work, latents, prompt_embeds, ids, timestep)
+        return (weights.addresses, kernel, wanted_len), work
 
     def plain(self, weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """A weight as the step computes with it.

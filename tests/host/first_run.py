@@ -1,0 +1,195 @@
+"""Run inside a host's Python path: `first_run.py HOST PACK_PARENT OUT`; first steps that are begun before they are asked for, as JSON."""
+
+import gc
+import json
+import sys
+import types
+import weakref
+from pathlib import Path
+
+host, pack_parent, out = (Path(arg) for arg in sys.argv[1:4])
+sys.argv = sys.argv[:1]
+sys.path.insert(0, str(host))
+from comfy.cli_args import args  # noqa: E402
+
+args.cpu = True
+import comfy.model_management  # noqa: E402
+import comfy.samplers  # noqa: E402
+import execution  # noqa: E402
+import torch  # noqa: E402
+
+sys.path.append(str(pack_parent))
+from tiny_klein import KLEIN, with_lora  # noqa: E402
+
+from ark.nodes import next_prompt  # noqa: E402
+from ark.patches import first_step, noise  # noqa: E402
+from ark.patches.fused import engine_on, set_fused  # noqa: E402
+from ark.patches.sampling import sample_klein  # noqa: E402
+from ark.patches.transformer import load_transformer  # noqa: E402
+from ark.toolkit.fused import runner as running  # noqa: E402
+from ark.toolkit.fused.graph import Graphs  # noqa: E402
+from ark.toolkit.schedule import klein_sigmas  # noqa: E402
+
+# as where steps are recorded
+first_step.DEVICES, Graphs.recorded = ("cpu",), 1
+found, steps, drawn, before_the_host = {}, [], [], []
+denoise, draw, hosts_sample = running.step.denoise, noise._draw, comfy.samplers.CFGGuider.sample
+running.step.denoise = lambda *given: steps.append(1) or denoise(*given)
+noise._draw = lambda *given: drawn.append(given[0]) or draw(*given)
+meanwhile = [lambda: None]
+
+
+def watched(*given, **named):
+    before_the_host.append(len(steps))
+    meanwhile[0]()
+    return hosts_sample(*given, **named)
+
+
+comfy.samplers.CFGGuider.sample = watched
+
+
+def sample(model, text, seed, denoise=1.0, size=(4, 5), content=0.0, batch=1, **more):
+    """Latents, and how many steps were taken for them: before the host was asked to sample, and in all."""
+    steps.clear()
+    before_the_host.clear()
+    latent = {"samples": torch.full((batch, 128, *size), content), **more}
+    result = sample_klein(model, [[text, {"pooled_output": None}]], latent, seed, 4, denoise)
+    return result["samples"], [before_the_host[0], len(steps)]
+
+
+def prompt(seed):
+    return {"5": {"class_type": "ArkSampler4Step", "inputs": {"seed": seed}}, "6": {"class_type": "KSampler", "inputs": {"seed": 9}}}  # fmt: skip
+
+
+with torch.inference_mode():
+    loaded, _ = load_transformer(KLEIN)
+    plain, _ = set_fused(loaded)
+    texts = [torch.randn(1, 512, 192) for _ in range(2)]
+
+    def told(model, name, runs, like=plain, **how):
+        """Steps of each run of a text and a seed, and whether the latents are those of a model whose first step is not begun."""
+        made = [sample(model, texts[text], seed, **how) for text, seed in runs]
+        first_step.DEVICES = ()
+        expected = [sample(like, texts[text], seed, **how)[0] for text, seed in runs]
+        first_step.DEVICES = ("cpu",)
+        pairs = zip(made, expected, strict=True)
+        found[name] = [[*counts, torch.equal(mine, right)] for (mine, counts), right in pairs]
+
+    def fresh():
+        """A model whose first step is known."""
+        model, _ = set_fused(loaded)
+        for seed in range(2):
+            sample(model, texts[0], seed)
+        return model
+
+    fused, _ = set_fused(loaded)
+    told(fused, "runs", [(0, 0), (0, 1), (0, 2), (1, 2)])
+    told(fused, "other size", [(0, 1), (0, 2), (0, 3)], size=(4, 6))
+    told(fused, "batch", [(0, 1), (0, 2), (0, 3)], batch=2)
+
+    # whose first level is 1 but for rounding
+    found["level"] = float(klein_sigmas(4, 16 * 16)[0])
+    told(fused, "level runs", [(0, 1), (0, 2), (0, 3)], size=(16, 16))
+    told(fused, "image at that level", [(0, 1)], size=(16, 16), content=0.3)
+
+    # what is not of pure noise
+    told(fused, "image", [(0, 1)] * 3, denoise=0.5, content=0.3)
+    told(fused, "mask", [(0, 1)] * 3, content=0.3, noise_mask=torch.ones(1, 64, 80))
+
+    # of another model, whose inputs somebody changes
+    def shifted(apply, given):
+        return apply(given["input"] + 0.125, given["timestep"], **given["c"])
+
+    fused = fresh()
+    changed, same = fused.clone(), plain.clone()
+    for model in (changed, same):
+        model.set_model_unet_function_wrapper(shifted)
+    told(changed, "other model", [(0, 1)] * 3, like=same)
+    # and of this very one
+    fused = fresh()
+    fused.set_model_unet_function_wrapper(shifted)
+    told(fused, "changed", [(0, 1)] * 3, like=same)
+
+    # other weights, where the others were
+    fused = fresh()
+
+    def another_record():
+        found["record"], engine_on(fused)._made = id(engine_on(fused)._made), None
+
+    meanwhile[0] = another_record
+    made, counts = sample(fused, texts[0], 1)
+    meanwhile[0] = lambda: None
+    found["other record"] = [counts, found.pop("record") == id(engine_on(fused)._made), torch.equal(made, sample(plain, texts[0], 1)[0])]  # fmt: skip
+
+    # weights that are no longer there, or others
+    fused = fresh()
+    comfy.model_management.unload_all_models()
+    told(fused, "unloaded", [(0, 1)])
+    fused = fresh()
+    sample(with_lora(loaded, 1.0), texts[0], 1)
+    told(fused, "after a LoRA", [(0, 1)])
+    lora, _ = set_fused(with_lora(loaded, 1.0))
+    told(lora, "LoRA", [(0, 1)] * 3, like=set_fused(with_lora(loaded, 1.0))[0])
+
+    # a run that fails leaves nothing for the next one
+    fused = fresh()
+
+    def fail():
+        raise KeyError("interrupted")
+
+    meanwhile[0] = fail
+    try:
+        sample(fused, texts[0], 3)
+    except KeyError:
+        found["failed"] = len(steps)
+    meanwhile[0] = lambda: None
+    told(fused, "after a failure", [(1, 2)])
+
+    # numbers that are not finite: seen when all has been asked for, and repeated on the host's own code
+    expected, _ = sample(loaded, texts[0], 1)
+    fused = fresh()
+    broken = running.step.denoise
+    running.step.denoise = lambda *given: broken(*given) * float("nan")
+    made, counts = sample(fused, texts[0], 1)
+    found["not finite"] = [counts, torch.equal(made, expected), bool(made.isfinite().all())]
+    made, counts = sample(fused, texts[0], 1)
+    found["not finite"].append([counts, torch.equal(made, expected)])
+    running.step.denoise = broken
+
+    # an engine goes with its model
+    gone = fresh()
+    gc.disable()
+    alive = weakref.ref(engine_on(gone)), weakref.ref(engine_on(gone)._made)
+    del gone
+    found["alive"] = [one() is not None for one in alive]
+    gc.enable()
+
+    # noise, drawn when a prompt arrives, or is the next one
+    server, handlers = types.ModuleType("server"), []
+    server.PromptServer = type("PromptServer", (), {})
+    server.PromptServer.instance = types.SimpleNamespace(queue_updated=lambda: None, add_on_prompt_handler=handlers.append)  # fmt: skip
+    queue = server.PromptServer.instance.prompt_queue = execution.PromptQueue(server.PromptServer.instance)  # fmt: skip
+    sys.modules["server"] = server
+    next_prompt.watch()
+
+    def drawn_by(do):
+        drawn.clear()
+        do()
+        noise.settle()
+        return list(drawn)
+
+    found["arrives"] = drawn_by(lambda: handlers[0]({"prompt": prompt(7)}))
+    found["taken"] = drawn_by(
+        lambda: told(plain, "drawn before", [(0, 7)])
+    )  # twice, once of it anew
+    for number, seed in enumerate((11, 12)):
+        queue.put((number, str(number), prompt(seed), {}, []))
+    found["queued"] = drawn_by(next_prompt.look)
+    found["busy"] = drawn_by(lambda: handlers[0]({"prompt": prompt(13)}))
+    queue.wipe_queue()
+    found["no graph"] = [drawn_by(lambda given=given: handlers[0]({"prompt": given})) for given in ({"5": {}}, 3, prompt("x"))]  # fmt: skip
+    found["large"] = drawn_by(lambda: sample(plain, texts[0], 1, size=(160, 4)) and noise.expect(5))
+    noise.MOST_NUMBERS = 0
+    found["too large"] = drawn_by(lambda: noise.expect(6))
+
+out.write_text(json.dumps(found))

@@ -1,0 +1,78 @@
+"""The first step of a run, begun before ComfyUI asks for it, is its result only if it is what that asks for."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.host
+
+
+@pytest.fixture(scope="module")
+def found(comfyui, run_in_host, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("first")
+    run_in_host(comfyui, "first_run.py", folder / "found.json", ARK_CACHE_DIR=str(folder))
+    return json.loads((folder / "found.json").read_text())
+
+
+# steps before the host was asked, steps in all, whether the latents are right
+NOT, BEGUN = [0, 4, True], [1, 4, True]
+
+
+def test_a_run_like_the_last_one_is_begun(found):
+    assert found["runs"] == [
+        NOT,
+        NOT,
+        BEGUN,
+        BEGUN,
+    ]  # the second is the first that the model lies ready for
+    assert found["other size"] == [NOT, NOT, BEGUN]
+    assert found["batch"] == [NOT, NOT, BEGUN]
+    assert found["LoRA"][-1] == BEGUN
+
+
+def test_a_level_that_is_rounded_is_begun_with(found):
+    *runs, last = found["level runs"]
+    assert 0.9999 < found["level"] < 1
+    assert last == BEGUN and found["image at that level"] == [NOT]
+
+
+def test_what_is_not_of_pure_noise_is_not(found):
+    assert found["image"] == found["mask"] == [NOT] * 3
+
+
+def test_of_a_model_whose_inputs_others_change_nothing_is_begun(found):
+    assert found["other model"] == [NOT] * 3
+
+
+def test_what_turns_out_wrong_is_repeated_and_not_begun_again(found):
+    assert found["changed"] == [[1, 8, True], NOT, NOT]
+
+
+def test_weights_that_lie_where_others_were_are_not_taken_for_them(found):
+    assert found["other record"] == [[1, 5], False, True]
+
+
+def test_weights_that_left_or_changed(found):
+    assert found["unloaded"] == found["after a LoRA"] == [NOT]
+
+
+def test_a_failure_leaves_nothing(found):
+    assert found["failed"] == 1 and found["after a failure"] == [BEGUN]
+
+
+def test_a_result_that_is_not_finite_is_seen_in_the_end(found):
+    (counts, right, finite), again = found["not finite"][:3], found["not finite"][3]
+    assert counts == [1, 4] and right and finite
+    assert again == [[0, 0], True]
+
+
+def test_an_engine_goes_with_its_model(found):
+    assert found["alive"] == [False, False]
+
+
+def test_noise_is_drawn_before_its_prompt_runs(found):
+    assert found["arrives"] == [7]
+    assert found["taken"] == [7] and found["drawn before"][0][2]
+    assert found["queued"] == [11] and found["busy"] == []
+    assert found["no graph"] == [[]] * 3
+    assert found["large"][-1] == 5 and found["too large"] == []

@@ -1,0 +1,26 @@
+"""A yes or no that a device is still finding out: asked for in the middle of its work, read when there is nothing else to do."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Answer:
+    """Reads as a bool, which waits for what was asked.
+
+    Args:
+        found: of one bool, on any device; asked in its current stream.
+    """
+
+    def __init__(self, found: torch.Tensor):
+        self._there, self._asked = found, None
+        if found.is_cuda:
+            self._there = torch.empty_like(found, device="cpu", pin_memory=True)
+            self._there.copy_(found, non_blocking=True)
+            self._asked = torch.cuda.Event()
+            self._asked.record(torch.cuda.current_stream(found.device))
+
+    def __bool__(self) -> bool:
+        if self._asked is not None:
+            self._asked.synchronize()
+        return bool(self._there)

@@ -75,8 +75,8 @@ class FirstStep:
             yield
         finally:
             self._run = None
-        if mine.begun is not None:
-            doubts.append(lambda: self._is_right(model, mine.begun))
+        if (begun := mine.begun) is not None:
+            doubts.append(lambda: self._is_right(model, begun))
         elif mine.asked is not None:
             weights, latents, embeds, *others = mine.asked
             given = _given(noise, conditioning, latents)

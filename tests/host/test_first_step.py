@@ -19,21 +19,16 @@ NOT, BEGUN = [0, 4, True], [1, 4, True]
 
 
 def test_a_run_like_the_last_one_is_begun(found):
-    assert found["runs"] == [
-        NOT,
-        NOT,
-        BEGUN,
-        BEGUN,
-    ]  # the second is the first that the model lies ready for
+    # the second is the first that the model lies ready for
+    assert found["runs"] == [NOT, NOT, BEGUN, BEGUN]
     assert found["other size"] == [NOT, NOT, BEGUN]
     assert found["batch"] == [NOT, NOT, BEGUN]
     assert found["LoRA"][-1] == BEGUN
 
 
 def test_a_level_that_is_rounded_is_begun_with(found):
-    *runs, last = found["level runs"]
     assert 0.9999 < found["level"] < 1
-    assert last == BEGUN and found["image at that level"] == [NOT]
+    assert found["level runs"][-1] == BEGUN and found["image at that level"] == [NOT]
 
 
 def test_what_is_not_of_pure_noise_is_not(found):

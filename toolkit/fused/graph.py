@@ -84,9 +84,8 @@ class Graphs:
         self._runs: dict[Hashable, int] = {}
         self._forms: dict[Hashable, torch.Tensor] = {}  # results without their numbers
         self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
-        self._pool: Any = (
-            None  # one memory for all: they never run at the same time, as there is one stream
-        )
+        # one memory for all: they never run at the same time, as there is one stream
+        self._pool: Any = None
         self._refusal()  # what is to be found out is so the sooner
 
     @property

@@ -82,10 +82,10 @@ def arrived(request: Any) -> Any:
 
 
 def _expect_noise(prompt: dict[str, dict]) -> None:
-    """Have the noise drawn of what a prompt samples."""
-    for node in prompt.values():
-        seed = node["inputs"].get("seed") if node.get("class_type") == SAMPLER else None
-        if isinstance(seed, int):
+    """Have the noise drawn of what a prompt samples first."""
+    samplers = [node["inputs"] for node in prompt.values() if node.get("class_type") == SAMPLER]
+    for inputs in samplers[: noise.KEPT]:
+        if isinstance(seed := inputs.get("seed"), int):
             noise.expect(seed)
 
 

@@ -118,7 +118,7 @@ class CachedCLIP(comfy.sd.CLIP):
         with contextlib.ExitStack() as coming:
             coming.enter_context(embeddings.coming(key))
             begun = None
-            if model.engine.graphs.recorded:
+            if model.engine.graphs.recorded and not embeddings.is_saved(key):
                 begun = self._ask(tokens, blocking=False)
             promised = coming.pop_all()
 

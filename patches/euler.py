@@ -21,10 +21,9 @@ import comfy.patcher_extension
 import comfy.samplers
 import torch
 
+from .first_step import OPTIONS
 from .stay import KNOWN
 
-# of a model, that are known here; the second is for hooks
-OPTIONS = {"transformer_options", "to_load_options"}
 BETWEEN = "predict_noise", "calc_cond_batch"  # of the host's WrappersMP: what is left out
 CONTEXTS = torch.no_grad().__call__.__globals__["__name__"]  # where torch's decorators are
 EACH_STEP = "on_prepare_state"  # of its CallbacksMP

@@ -20,8 +20,11 @@ from ..toolkit.answer import Answer
 from ..toolkit.fused.graph import Begun
 from ..toolkit.step_weights import Weights
 from .deliver import current, upload
+from .references import REFERENCES
 
 DEVICES = ("cuda",)
+# of a model, that are known to leave alone what a step is given; the second is for hooks
+OPTIONS = {"transformer_options", "to_load_options"}
 log = logging.getLogger("ark")
 
 
@@ -32,6 +35,7 @@ class _Known:
     model: weakref.ref
     weights: weakref.ref[Weights]
     shape: torch.Size  # of its noise
+    level: float  # of that
     like: torch.Tensor  # has the dtype and the device of its inputs
     others: tuple  # what it was given beside noise and prompt
 
@@ -55,38 +59,46 @@ class FirstStep:
     def __init__(self, engine: Any) -> None:
         self._engine: Callable[[], Any] = weakref.ref(engine)
         self._known: _Known | None = None
-        self._changed: Callable[[], Any] = lambda: (
-            None
-        )  # the last model whose inputs somebody changes
+        # the last model whose inputs somebody changes
+        self._changed: Callable[[], Any] = lambda: None
         self._run: _Run | None = None
 
-    @contextlib.contextmanager
-    def run(self, model: Any, noise: torch.Tensor, conditioning: torch.Tensor, doubts: list[Callable[[], bool]]) -> Iterator[None]:  # fmt: skip
-        """A run of pure noise, which begins here.
+    def run(
+        self, model: Any, noise: torch.Tensor, level: float, positive: list, doubts: list[Callable[[], bool]]
+    ) -> contextlib.AbstractContextManager:  # fmt: skip
+        """A run of pure noise, whose first step begins here if nothing else can have a hand in it.
 
         Args:
-            model: the host's ModelPatcher.
-            noise: [B, C, H, W] on the device, at the level of the first step.
-            conditioning: [1, seq_len, C] of its prompt.
+            model: the host's ModelPatcher, which lies on the device.
+            noise: [B, C, H, W] there.
+            level: of the first step.
+            positive: the host's CONDITIONING; there is no other.
             doubts: gets what says, once the run has ended, whether it is right; else it has to be repeated.
         """
-        mine = self._run = self._begin(model, noise, conditioning)
+        if len(positive) != 1 or REFERENCES in positive[0][1] or not _is_arks(model):
+            return contextlib.nullcontext()
+        if len(positive[0][0]) not in (1, len(noise)):  # the host repeats it, or leaves some out
+            return contextlib.nullcontext()
+        return self._run_of(model, noise, level, positive[0][0], doubts)
+
+    @contextlib.contextmanager
+    def _run_of(
+        self, model: Any, noise: torch.Tensor, level: float, conditioning: torch.Tensor, doubts: list[Callable[[], bool]]
+    ) -> Iterator[None]:  # fmt: skip
+        mine = self._run = self._begin(model, noise, level, conditioning)
         try:
             yield
         finally:
             self._run = None
+            if mine.begun is not None:
+                mine.begun.leave()
         if (begun := mine.begun) is not None:
             doubts.append(lambda: self._is_right(model, begun))
         elif mine.asked is not None:
             weights, latents, embeds, *others = mine.asked
-            given = _given(noise, conditioning, latents)
-            pairs = list(zip(given, (latents, embeds), strict=True))
-            if all(a.shape == b.shape for a, b in pairs):
-                same = Answer(torch.stack([(a == b).all() for a, b in pairs]).all())
-                like = torch.empty(0, dtype=latents.dtype, device=latents.device)
-                known = _Known(
-                    weakref.ref(model), weakref.ref(weights), noise.shape, like, tuple(others)
-                )
+            like = torch.empty(0, dtype=latents.dtype, device=latents.device)
+            known = _Known(weakref.ref(model), weakref.ref(weights), noise.shape, level, like, tuple(others))  # fmt: skip
+            if (same := _are_same(noise, level, conditioning, latents, embeds)) is not None:
                 doubts.append(lambda: self._learn(same, known))
 
     def asked(self, *call: Any) -> Begun | None:
@@ -102,34 +114,31 @@ class FirstStep:
         """The weights are others now, or lie elsewhere."""
         self._known = None
 
-    def _begin(self, model: Any, noise: torch.Tensor, conditioning: torch.Tensor) -> _Run:
-        known = self._fitting(model, noise)
-        if known is None:
+    def _begin(self, model: Any, noise: torch.Tensor, level: float, conditioning: torch.Tensor) -> _Run:  # fmt: skip
+        known = self._known
+        if known is None or known.model() is not model or (known.shape, known.level) != (noise.shape, level):  # fmt: skip
+            return _Run(None, None)
+        if self._changed() is model or known.like.device.type not in DEVICES:
+            return _Run(None, None)
+        if not self._engine().unchanged(weights := known.weights()):
             return _Run(None, None)
         try:
             with current(known.like.device), torch.inference_mode():
-                given = _given(noise, conditioning, known.like)
-                runner, weights = self._engine().runner, known.weights()
-                return _Run(runner.begin(weights, *given, *known.others), weights)
+                given = _given(noise, level, conditioning, known.like)
+                return _Run(self._engine().runner.begin(weights, *given, *known.others), weights)
         except RuntimeError as error:  # out of memory, too; the step is taken when it is asked for
             reason = str(error).partition("\n")[0]
         log.info("Ark: a first step could not be begun (%s).", reason)
         return _Run(None, None)
 
-    def _fitting(self, model: Any, noise: torch.Tensor) -> _Known | None:
-        known = self._known
-        if known is None or known.model() is not model or known.shape != noise.shape:
-            return None
-        if self._changed() is model or known.like.device.type not in DEVICES:
-            return None
-        return known if self._engine().unchanged(known.weights()) else None
-
     def _is_right(self, model: Any, begun: Begun) -> bool:
-        if right := begun.right():
+        if not begun.taken:
+            self._known = None  # it was asked for something else
+        if begun.right():
             return True
         log.info("Ark: a first step was begun with other numbers than ComfyUI asks for; the run is repeated.")  # fmt: skip
         self._known, self._changed = None, weakref.ref(model)
-        return right
+        return False
 
     def _learn(self, same: Answer, known: _Known) -> bool:
         if same:
@@ -137,8 +146,32 @@ class FirstStep:
         return True
 
 
-def _given(noise: torch.Tensor, conditioning: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def _is_arks(model: Any) -> bool:
+    """Whether nobody else is called in a run, who might write to weights after its first step has begun."""
+    options = model.model_options.get("transformer_options", {})
+    found = model.wrappers, model.callbacks, options.get("wrappers", {}), options.get("callbacks", {})  # fmt: skip
+    keys = {key for kinds in found for kind in kinds.values() for key, calls in kind.items() if calls}  # fmt: skip
+    return (
+        all(str(key).startswith("ark_") for key in keys) and model.model_options.keys() <= OPTIONS
+    )
+
+
+def _are_same(
+    noise: torch.Tensor, level: float, conditioning: torch.Tensor, *asked: torch.Tensor
+) -> Answer | None:
+    """Whether a step was given nothing but noise and a prompt; None if not, or if there is no memory to find out."""
+    try:
+        given = _given(noise, level, conditioning, asked[0])
+        pairs = list(zip(given, asked, strict=True))
+        if all(a.shape == b.shape for a, b in pairs):
+            return Answer(torch.stack([(a == b).all() for a, b in pairs]).all())
+    except RuntimeError as error:
+        log.debug("Ark: a first step was not compared (%s).", error)
+    return None
+
+
+def _given(noise: torch.Tensor, level: float, conditioning: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The tokens that a step gets of nothing but noise, and of a prompt, in the dtype and on the device of `like`."""
-    tokens = noise.flatten(2).transpose(1, 2).to(like.device, like.dtype)
+    tokens = (level * noise).flatten(2).transpose(1, 2).to(like.device, like.dtype)
     embeds = upload(conditioning, like.device).to(like.dtype).expand(len(noise), -1, -1)
     return tokens.contiguous(), embeds

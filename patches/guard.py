@@ -37,9 +37,9 @@ def add_guard(model: Any, kernel: str) -> None:
     def guarded(executor, guider, sigmas, extra_args, *args, **kwargs):
         if guarded.failed:
             return executor(guider, sigmas, _on_the_host(extra_args), *args, **kwargs)
-        if not guarded.repeats:
+        if (doubts := _doubts.get()) is not None or not guarded.repeats:
             samples = executor(guider, sigmas, extra_args, *args, **kwargs)
-            if (doubts := _doubts.get()) is not None:
+            if doubts is not None:
                 doubts.append(functools.partial(_was_finite, guarded, Answer(_finite(samples))))
                 return samples
             if is_finite(samples):

@@ -9,8 +9,9 @@ import contextlib
 import math
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.sample
 import torch
@@ -24,13 +25,29 @@ KEPT = 4  # seeds that are expected
 MOST_NUMBERS = 1 << 21  # of what is drawn ahead: four pictures of 1024x1024
 Shape = tuple[int, ...]
 Drawn = tuple[torch.Tensor, torch.Generator]
-_worker = ThreadPoolExecutor(1, "ark-noise")
+
+
+class Noise(NamedTuple):
+    """Of a run.
+
+    Attributes:
+        tensor: [B, C, H, W] on the model's device.
+        own: whether nobody else has a hand in it.
+        settle: waits until torch's own generators are as the host leaves them.
+    """
+
+    tensor: torch.Tensor
+    own: bool
+    settle: Callable[[], Any]
+
+
+_worker, _seeds = ThreadPoolExecutor(1, "ark-noise"), ThreadPoolExecutor(1, "ark-seed")
 _lock = threading.Lock()
 _coming: OrderedDict[tuple[int, Shape, str], Future[Drawn]] = OrderedDict()
 _last: tuple[Shape, str] | None = None  # of the last run: its shape, and the type of its device
 
 
-def noise_for(model: Any, samples: torch.Tensor, seed: int, indices: Any) -> tuple[torch.Tensor, bool]:  # fmt: skip
+def noise_for(model: Any, samples: torch.Tensor, seed: int, indices: Any) -> Noise:
     """The noise of a run, the same as the host's.
 
     Args:
@@ -38,9 +55,6 @@ def noise_for(model: Any, samples: torch.Tensor, seed: int, indices: Any) -> tup
         samples: latents [B, C, H, W].
         seed: of the run.
         indices: of the pictures in a larger batch, None if there is none.
-
-    Returns:
-        The noise [B, C, H, W] on the model's device, and whether nobody else has a hand in it.
     """
     global _last
     device = torch.device(model.load_device)
@@ -50,7 +64,8 @@ def noise_for(model: Any, samples: torch.Tensor, seed: int, indices: Any) -> tup
     # nobody has replaced it
     own = is_hosts(comfy.sample, "prepare_noise")
     if indices is not None or samples.dtype is not torch.float32 or not own or seen:
-        return upload(comfy.sample.prepare_noise(samples, seed, indices), device), False
+        drawn = comfy.sample.prepare_noise(samples, seed, indices)
+        return Noise(upload(drawn, device), False, lambda: None)
     _last = tuple(samples.shape), device.type
     with _lock:
         coming = _coming.pop((seed, *_last), None)
@@ -59,8 +74,8 @@ def noise_for(model: Any, samples: torch.Tensor, seed: int, indices: Any) -> tup
         with contextlib.suppress(RuntimeError):  # there was no memory then
             found = coming.result()
     there, generator = found or _draw(seed, *_last)
-    _worker.submit(_set_seed, seed, generator)
-    return there.to(device, non_blocking=True), True
+    settled = _seeds.submit(_set_seed, seed, generator)
+    return Noise(there.to(device, non_blocking=there.is_pinned()), True, settled.result)
 
 
 def expect(seed: int) -> None:
@@ -73,18 +88,18 @@ def expect(seed: int) -> None:
         if key not in _coming:
             _coming[key] = _worker.submit(_draw, *key)
             while len(_coming) > KEPT:
-                _coming.popitem(last=False)
+                _coming.popitem(last=False)[1].cancel()
 
 
 def settle() -> None:
-    """Wait until everything is drawn, and torch's generators are as the host leaves them."""
+    """Wait until everything is drawn."""
     _worker.submit(int).result()
 
 
 def _draw(seed: int, shape: Shape, device_type: str) -> Drawn:
     """In order, however the latents lie, and from where a device can be sent it."""
     generator = torch.Generator().manual_seed(seed)
-    there = torch.empty(shape)
+    there = torch.empty(shape, dtype=torch.float32)
     if device_type == "cuda" and (found := pinned(there)) is not None:
         there = found
     return torch.randn(shape, generator=generator, out=there), generator

@@ -73,17 +73,17 @@ def sample_klein(
     device = torch.device(model.load_device)
 
     def run(doubts: list[Callable[[], bool]] | None = None) -> torch.Tensor:
-        noise, own = noise_for(model, samples, seed, latent.get("batch_index"))
+        noise = noise_for(model, samples, seed, latent.get("batch_index"))
         guider, sampler = _guider(model, positive, negative, cfg), comfy.samplers.sampler_object("euler")  # fmt: skip
         show, pace = _show(model, len(sigmas) - 1, preview), Pace(device)
         first: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if ready_again(model, noise.shape, guider):
+        if ready_again(model, noise.tensor.shape, guider):
             stay(guider)
             sampler = shortened(sampler)
-            level = float(sigmas[0])
-            pure = own and "noise_mask" not in latent and (level == 1 or not samples.any())
-            if doubts is not None and pure and len(positive) == 1 and (engine := engine_on(model)):
-                first = engine.first.run(model, level * noise, positive[0][0], doubts)
+            level, engine = float(sigmas[0]), engine_on(model)
+            pure = noise.own and negative is None and _is_pure(latent, level)
+            if engine is not None and doubts is not None and pure:
+                first = engine.first.run(model, noise.tensor, level, positive, doubts)
 
         def after_step(*step: Any) -> None:
             watch(*step)
@@ -92,8 +92,9 @@ def sample_klein(
 
         try:
             with first:
+                noise.settle()
                 return guider.sample(
-                    noise,
+                    noise.tensor,
                     upload(samples, device),
                     sampler,
                     sigmas,
@@ -111,6 +112,11 @@ def sample_klein(
     if not all([doubt() for doubt in doubts]):  # each of them draws its conclusion
         made = _hand_over(run(), wanted=preview)
     return {**latent, "samples": made}
+
+
+def _is_pure(latent: dict, level: float) -> bool:
+    """Whether a run begins with nothing but noise at some level."""
+    return "noise_mask" not in latent and (level == 1 or not latent["samples"].any())
 
 
 def _hand_over(result: torch.Tensor, wanted: bool) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 
@@ -15,10 +17,11 @@ class Answer:
     def __init__(self, found: torch.Tensor):
         self._there, self._asked = found, None
         if found.is_cuda:
-            self._there = torch.empty_like(found, device="cpu", pin_memory=True)
-            self._there.copy_(found, non_blocking=True)
-            self._asked = torch.cuda.Event()
-            self._asked.record(torch.cuda.current_stream(found.device))
+            with contextlib.suppress(RuntimeError):  # else it is brought by whoever reads it
+                there = torch.empty_like(found, device="cpu", pin_memory=True)
+                self._there = there.copy_(found, non_blocking=True)
+                self._asked = torch.cuda.Event()
+                self._asked.record(torch.cuda.current_stream(found.device))
 
     def __bool__(self) -> bool:
         if self._asked is not None:

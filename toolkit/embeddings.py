@@ -81,6 +81,10 @@ class Embeddings:
         self._remember(key, tensors)
         return tensors
 
+    def is_saved(self, key: str) -> bool:
+        """Whether it is on disk."""
+        return bool(self.on_disk) and self._path(key).exists()
+
     @contextlib.contextmanager
     def coming(self, key: str) -> Iterator[None]:
         """Whoever wants this result meanwhile waits for it, see `wait_for`."""

@@ -14,6 +14,7 @@ from comfy.cli_args import args  # noqa: E402
 
 args.cpu = True
 import comfy.model_management  # noqa: E402
+import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import execution  # noqa: E402
 import torch  # noqa: E402
@@ -36,24 +37,37 @@ found, steps, drawn, before_the_host = {}, [], [], []
 denoise, draw, hosts_sample = running.step.denoise, noise._draw, comfy.samplers.CFGGuider.sample
 running.step.denoise = lambda *given: steps.append(1) or denoise(*given)
 noise._draw = lambda *given: drawn.append(given[0]) or draw(*given)
-meanwhile = [lambda: None]
+meanwhile = [lambda noise: None]
 
 
-def watched(*given, **named):
+def watched(guider, noise, *given, **named):
     before_the_host.append(len(steps))
-    meanwhile[0]()
-    return hosts_sample(*given, **named)
+    meanwhile[0](noise)
+    return hosts_sample(guider, noise, *given, **named)
 
 
 comfy.samplers.CFGGuider.sample = watched
 
 
-def sample(model, text, seed, denoise=1.0, size=(4, 5), content=0.0, batch=1, **more):
+def sample(
+    model,
+    text,
+    seed,
+    denoise=1.0,
+    size=(4, 5),
+    content=0.0,
+    batch=1,
+    options=None,
+    twice=False,
+    how=None,
+    **more,
+):
     """Latents, and how many steps were taken for them: before the host was asked to sample, and in all."""
     steps.clear()
     before_the_host.clear()
     latent = {"samples": torch.full((batch, 128, *size), content), **more}
-    result = sample_klein(model, [[text, {"pooled_output": None}]], latent, seed, 4, denoise)
+    positive = [[text, {"pooled_output": None, **(options or {})}]] * (1 + twice)
+    result = sample_klein(model, positive, latent, seed, 4, denoise, **(how or {}))
     return result["samples"], [before_the_host[0], len(steps)]
 
 
@@ -107,18 +121,36 @@ with torch.inference_mode():
     told(changed, "other model", [(0, 1)] * 3, like=same)
     # and of this very one
     fused = fresh()
-    fused.set_model_unet_function_wrapper(shifted)
-    told(fused, "changed", [(0, 1)] * 3, like=same)
+    meanwhile[0] = lambda noise: noise.mul_(1.25)
+    told(fused, "changed", [(0, 1)] * 3)
+    meanwhile[0] = lambda noise: None
+
+    # what is given something else, in turns with what is not
+    def in_turns(name, **how):
+        fused = fresh()
+        told(fused, name, [(0, 1)] * 3, **how)
+        told(fused, f"{name}, then", [(0, 1)] * 3)
+
+    in_turns("reference", options={"reference_latents": [torch.randn(1, 128, 3, 4)]})
+    in_turns("cfg", how={"cfg": 2.0, "negative": [[texts[1], {"pooled_output": None}]]})
+    in_turns("two texts", twice=True)
+    in_turns("part", denoise=0.8)
+    texts.append(torch.randn(2, 512, 192))
+    told(fresh(), "texts of a batch", [(2, 1)] * 3)
+    fused, own = fresh(), comfy.sample.prepare_noise
+    comfy.sample.prepare_noise = lambda *given: own(*given) * 0.5
+    told(fused, "noise of others", [(0, 1)] * 3)
+    comfy.sample.prepare_noise = own
 
     # other weights, where the others were
     fused = fresh()
 
-    def another_record():
+    def another_record(noise):
         found["record"], engine_on(fused)._made = id(engine_on(fused)._made), None
 
     meanwhile[0] = another_record
     made, counts = sample(fused, texts[0], 1)
-    meanwhile[0] = lambda: None
+    meanwhile[0] = lambda noise: None
     found["other record"] = [counts, found.pop("record") == id(engine_on(fused)._made), torch.equal(made, sample(plain, texts[0], 1)[0])]  # fmt: skip
 
     # weights that are no longer there, or others
@@ -134,15 +166,15 @@ with torch.inference_mode():
     # a run that fails leaves nothing for the next one
     fused = fresh()
 
-    def fail():
+    def fail(noise):
         raise KeyError("interrupted")
 
     meanwhile[0] = fail
     try:
         sample(fused, texts[0], 3)
     except KeyError:
-        found["failed"] = len(steps)
-    meanwhile[0] = lambda: None
+        found["failed"] = [len(steps), engine_on(fused).first._run is None]
+    meanwhile[0] = lambda noise: None
     told(fused, "after a failure", [(1, 2)])
 
     # numbers that are not finite: seen when all has been asked for, and repeated on the host's own code
@@ -182,12 +214,19 @@ with torch.inference_mode():
     found["taken"] = drawn_by(
         lambda: told(plain, "drawn before", [(0, 7)])
     )  # twice, once of it anew
+    torch.set_default_dtype(torch.bfloat16)
+    handlers[0]({"prompt": prompt(8)})
+    noise.settle()
+    torch.set_default_dtype(torch.float32)
+    told(plain, "drawn among bf16", [(0, 8)])
     for number, seed in enumerate((11, 12)):
         queue.put((number, str(number), prompt(seed), {}, []))
     found["queued"] = drawn_by(next_prompt.look)
     found["busy"] = drawn_by(lambda: handlers[0]({"prompt": prompt(13)}))
     queue.wipe_queue()
     found["no graph"] = [drawn_by(lambda given=given: handlers[0]({"prompt": given})) for given in ({"5": {}}, 3, prompt("x"))]  # fmt: skip
+    many = {str(n): prompt(50 + n)["5"] for n in range(6)}
+    found["many"] = [drawn_by(lambda: handlers[0]({"prompt": many})), drawn_by(lambda: [sample(plain, texts[0], 50 + n) for n in range(6)])]  # fmt: skip
     found["large"] = drawn_by(lambda: sample(plain, texts[0], 1, size=(160, 4)) and noise.expect(5))
     noise.MOST_NUMBERS = 0
     found["too large"] = drawn_by(lambda: noise.expect(6))

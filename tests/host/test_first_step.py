@@ -43,6 +43,20 @@ def test_what_turns_out_wrong_is_repeated_and_not_begun_again(found):
     assert found["changed"] == [[1, 8, True], NOT, NOT]
 
 
+@pytest.mark.parametrize("other", ["reference", "cfg", "two texts"])
+def test_of_what_is_given_something_else_nothing_is_begun(found, other):
+    assert {(before, right) for before, _, right in found[other]} == {(0, True)}
+    assert found[f"{other}, then"][-1] == BEGUN
+
+
+def test_another_level_is_begun_with_from_its_second_run_on(found):
+    assert found["part"] == [NOT, BEGUN, BEGUN] and found["part, then"][-1] == BEGUN
+
+
+def test_texts_of_a_batch_and_noise_of_others_go_the_hosts_way(found):
+    assert found["texts of a batch"] == found["noise of others"] == [NOT] * 3
+
+
 def test_weights_that_lie_where_others_were_are_not_taken_for_them(found):
     assert found["other record"] == [[1, 5], False, True]
 
@@ -52,7 +66,7 @@ def test_weights_that_left_or_changed(found):
 
 
 def test_a_failure_leaves_nothing(found):
-    assert found["failed"] == 1 and found["after a failure"] == [BEGUN]
+    assert found["failed"] == [1, True] and found["after a failure"] == [BEGUN]
 
 
 def test_a_result_that_is_not_finite_is_seen_in_the_end(found):
@@ -68,6 +82,8 @@ def test_an_engine_goes_with_its_model(found):
 def test_noise_is_drawn_before_its_prompt_runs(found):
     assert found["arrives"] == [7]
     assert found["taken"] == [7] and found["drawn before"][0][2]
+    assert found["drawn among bf16"][0][2]
+    assert found["many"] == [[50, 51, 52, 53], [54, 55]]
     assert found["queued"] == [11] and found["busy"] == []
     assert found["no graph"] == [[]] * 3
     assert found["large"][-1] == 5 and found["too large"] == []

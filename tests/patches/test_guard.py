@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ark.patches.guard import OVERRIDE, PLAIN, add_guard
+from ark.patches.guard import OVERRIDE, PLAIN, add_guard, doubted
 
 
 class Model:
@@ -37,3 +37,41 @@ def test_a_run_is_repeated_and_the_kernel_spared_if_that_helped(host_is_fine, ca
     message = messages[0]
     assert ("bad gave numbers" in message) == host_is_fine
     assert host_is_fine or "on ComfyUI's own code, too" in message
+
+
+def test_who_looks_later_is_told_and_repeats_it():
+    model, runs = Model(), []
+    add_guard(model, "bad")
+
+    def executor(guider, sigmas, extra_args):
+        plain = bool(extra_args["model_options"]["transformer_options"].get(PLAIN))
+        runs.append(plain)
+        return torch.tensor([1.0 if plain or len(runs) == 1 else float("nan")])
+
+    def run():
+        return model.wrapper(executor, None, None, {"model_options": {"transformer_options": {}}})
+
+    with doubted() as doubts:
+        assert run().isfinite() and len(doubts) == 1
+    assert doubts[0]() and runs == [False]
+    for _ in range(2):  # the second time nobody has repeated it
+        with doubted() as doubts:
+            assert run().isnan()
+        assert not doubts[0]()
+    assert runs == [False] * 3 and not model.wrapper.failed
+    assert run().isfinite() and runs[3:] == [True]
+    assert model.wrapper.failed and not model.wrapper.repeats
+
+
+def test_whoever_is_not_among_them_waits():
+    model, runs = Model(), []
+    add_guard(model, "bad")
+
+    def executor(guider, sigmas, extra_args):
+        runs.append(bool(extra_args["model_options"]["transformer_options"].get(PLAIN)))
+        return torch.tensor([1.0 if runs[-1] else float("nan")])
+
+    with doubted():
+        pass
+    options = {"model_options": {"transformer_options": {}}}
+    assert model.wrapper(executor, None, None, options).isfinite() and runs == [False, True]

@@ -37,11 +37,12 @@ def files(folder):
 def test_after_a_restart_it_is_there_bit_for_bit(folder):
     first = Embeddings("encoder")
     assert not first.any_saved() and first.recent("a") is None and first.saved("a") is None
+    assert not first.is_saved("a")
     first.keep("a", result())
     assert same(first.recent("a"), result())
     first.settle()
     again = Embeddings("encoder")
-    assert again.any_saved() and again.recent("a") is None
+    assert again.any_saved() and again.is_saved("a") and again.recent("a") is None
     assert same(again.saved("a"), result())
     assert same(again.recent("a"), result())
     assert Embeddings("other").saved("a") is None and not Embeddings("other").any_saved()

@@ -72,3 +72,23 @@ def test_with_little_memory_it_is_not_tried(default_allocator, monkeypatch):
         time.sleep(0.02)
     assert "out of memory for the attempt" in found and "--disable-cuda-malloc" in found
     assert not default_allocator.exists()  # another time there may be more
+
+
+def test_what_was_begun_is_taken_once_and_by_its_own_key():
+    def begun():
+        return graph.Graphs().begin("step", torch.add, torch.ones(3), torch.ones(3))
+
+    def ask(begun, key="step", first=1.0, second=1.0, shape=3):
+        given = torch.full((shape,), first), torch.full((shape,), second)
+        return graph.Graphs().run(key, torch.add, *given, begun=begun).tolist()
+
+    right = begun()
+    assert ask(right) == [2.0] * 3 and right.taken and right.right()
+    assert ask(right, second=5.0) == [6.0] * 3 and right.right()  # not again
+    for other in ({"key": "other"}, {"shape": 4}):
+        left = begun()
+        assert ask(left, **other) == [2.0] * other.get("shape", 3)
+        assert not left.taken and left.right()
+    for other in ({"first": 3.0}, {"second": 3.0}):
+        wrong = begun()
+        assert ask(wrong, **other) == [2.0] * 3 and wrong.taken and not wrong.right()

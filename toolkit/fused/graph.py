@@ -57,6 +57,11 @@ class Begun:
         self._same = Answer(torch.stack([(mine == given).all() for mine, given in pairs]).all())
         return self._result
 
+    def leave(self) -> None:
+        """The result is not wanted any more: what comes after in the current stream does not overtake it, nor get its memory."""
+        if self._made is not None:
+            torch.cuda.current_stream(self._result.device).wait_event(self._made)
+
     @property
     def taken(self) -> bool:
         """Whether somebody has the result."""

@@ -14,6 +14,7 @@ from comfy.cli_args import args  # noqa: E402
 
 args.cpu = True
 import comfy.model_management  # noqa: E402
+import comfy.patcher_extension  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import execution  # noqa: E402
@@ -119,6 +120,10 @@ with torch.inference_mode():
     for model in (changed, same):
         model.set_model_unet_function_wrapper(shifted)
     told(changed, "other model", [(0, 1)] * 3, like=same)
+    # who is called in a run may write to weights, whatever it does
+    called = fresh().clone()
+    called.add_callback(comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, lambda patcher: None)
+    told(called, "calls others", [(0, 1)] * 3)
     # and of this very one
     fused = fresh()
     meanwhile[0] = lambda noise: noise.mul_(1.25)

@@ -35,8 +35,8 @@ def test_what_is_not_of_pure_noise_is_not(found):
     assert found["image"] == found["mask"] == [NOT] * 3
 
 
-def test_of_a_model_whose_inputs_others_change_nothing_is_begun(found):
-    assert found["other model"] == [NOT] * 3
+def test_of_a_model_in_which_others_have_a_hand_nothing_is_begun(found):
+    assert found["other model"] == found["calls others"] == [NOT] * 3
 
 
 def test_what_turns_out_wrong_is_repeated_and_not_begun_again(found):

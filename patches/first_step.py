@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..toolkit.answer import Answer
+from ..toolkit.answer import Answer, are_equal
 from ..toolkit.fused.graph import Begun
 from ..toolkit.step_weights import Weights
 from .deliver import current, upload
@@ -164,7 +164,7 @@ def _are_same(
         given = _given(noise, level, conditioning, asked[0])
         pairs = list(zip(given, asked, strict=True))
         if all(a.shape == b.shape for a, b in pairs):
-            return Answer(torch.stack([(a == b).all() for a, b in pairs]).all())
+            return are_equal(pairs)
     except RuntimeError as error:
         log.debug("Ark: a first step was not compared (%s).", error)
     return None

@@ -80,10 +80,8 @@ def sample_klein(
         if ready_again(model, noise.tensor.shape, guider):
             stay(guider)
             sampler = shortened(sampler)
-            level, engine = float(sigmas[0]), engine_on(model)
-            pure = noise.own and negative is None and _is_pure(latent, level)
-            if engine is not None and doubts is not None and pure:
-                first = engine.first.run(model, noise.tensor, level, positive, doubts)
+            if doubts is not None and negative is None and noise.own:
+                first = _begun(model, latent, noise.tensor, float(sigmas[0]), positive, doubts)
 
         def after_step(*step: Any) -> None:
             watch(*step)
@@ -114,9 +112,14 @@ def sample_klein(
     return {**latent, "samples": made}
 
 
-def _is_pure(latent: dict, level: float) -> bool:
-    """Whether a run begins with nothing but noise at some level."""
-    return "noise_mask" not in latent and (level == 1 or not latent["samples"].any())
+def _begun(
+    model: Any, latent: dict, noise: torch.Tensor, level: float, positive: list, doubts: list[Callable[[], bool]]
+) -> contextlib.AbstractContextManager:  # fmt: skip
+    """A run whose first step begins here, if it starts with nothing but noise at some level; see `FirstStep.run`."""
+    engine = engine_on(model)
+    if engine is None or "noise_mask" in latent or (level != 1 and latent["samples"].any()):
+        return contextlib.nullcontext()
+    return engine.first.run(model, noise, level, positive, doubts)
 
 
 def _hand_over(result: torch.Tensor, wanted: bool) -> torch.Tensor:

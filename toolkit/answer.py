@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 
 import torch
 
@@ -27,3 +28,8 @@ class Answer:
         if self._asked is not None:
             self._asked.synchronize()
         return bool(self._there)
+
+
+def are_equal(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Answer:
+    """Whether the tensors of each pair, of one shape, hold the same numbers."""
+    return Answer(torch.stack([(a == b).all() for a, b in pairs]).all())

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..answer import Answer
+from ..answer import Answer, are_equal
 from ..gpu_thread import run_there
 from .allocator import ASYNC, refusal
 
@@ -51,14 +51,12 @@ class Begun:
         """The result, once, if it may be what is asked for; the device compares the inputs, and nobody waits for that."""
         if self._same is not None or key != self._key:
             return None
-        if self._made is not None:
-            torch.cuda.current_stream(self._result.device).wait_event(self._made)
-        pairs = zip(self._inputs, inputs, strict=True)
-        self._same = Answer(torch.stack([(mine == given).all() for mine, given in pairs]).all())
+        self.leave()
+        self._same = are_equal(zip(self._inputs, inputs, strict=True))
         return self._result
 
     def leave(self) -> None:
-        """The result is not wanted any more: what comes after in the current stream does not overtake it, nor get its memory."""
+        """Let what comes after in the current stream come after it, whether it is wanted or not: it may get its memory."""
         if self._made is not None:
             torch.cuda.current_stream(self._result.device).wait_event(self._made)
 

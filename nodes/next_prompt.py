@@ -2,6 +2,7 @@
 
 That is while a picture is saved, for the prompt that is next in the queue, and while the host looks at a prompt that has just
 arrived. Only what needs no loading and no other node: a text of its own, encoded by the CLIP that an ArkFastLoader has given.
+With a prompt like the last one even its first step is begun (`next_step.py`).
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from typing import Any
 from ..patches import fast_vae, noise
 from ..patches.cached_clip import CachedCLIP
 from ..toolkit.shared import short_turns
-from . import live
+from . import live, next_step
+from .next_step import SAMPLER
 
 LOADER, CLIP_OUTPUT = "ArkFastLoader", 1
 ENCODERS = "CLIPTextEncode", "ArkTextEncode"
-SAMPLER = "ArkSampler4Step"
 KEPT, TEXTS = 8, 4  # loaders that are known; texts of one prompt
 log = logging.getLogger("ark")
 _clips: OrderedDict[str, weakref.ref[CachedCLIP]] = OrderedDict()
@@ -70,6 +71,7 @@ def arrived(request: Any) -> Any:
         with queue.mutex:
             busy = bool(queue.queue or queue.currently_running)
         if not busy:
+            next_step.arrived(request["prompt"])
             _expect_noise(request["prompt"])
         for clip, text in [] if busy else _texts(request["prompt"]):
             coming = _worker.submit(_call, clip.encode_ahead(text))
@@ -85,7 +87,7 @@ def _expect_noise(prompt: dict[str, dict]) -> None:
     """Have the noise drawn of what a prompt samples first."""
     samplers = [node["inputs"] for node in prompt.values() if node.get("class_type") == SAMPLER]
     for inputs in samplers[: noise.KEPT]:
-        if isinstance(seed := inputs.get("seed"), int):
+        if type(seed := inputs.get("seed")) is int:  # a bool is one, too
             noise.expect(seed)
 
 

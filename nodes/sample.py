@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..patches.fused import engine_on
 from ..patches.state import sample_and_tell
-from . import live
+from . import live, next_step
 from .schedule import denoise_input, steps_input
 from .schema import schema
 
@@ -61,6 +62,7 @@ class ArkSampler4Step(io.ComfyNode):
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="The sampled latent, ready for VAE Decode.")],
+            hidden=[io.Hidden.prompt],
         )
 
     @classmethod
@@ -80,6 +82,9 @@ class ArkSampler4Step(io.ComfyNode):
         others = {"negative": negative, "cfg": cfg, "sigmas": sigmas}
         result, facts = sample_and_tell(model, positive, latent_image, seed, steps, denoise, **others)  # fmt: skip
         where = live.place(cls)
+        if where and (engine := engine_on(model)):
+            prompt = getattr(cls.hidden, "prompt", None)
+            next_step.sampled(prompt, where.node, engine.first, model.load_device)
         live.show(where, facts)
         size = f"{facts['width']}x{facts['height']}"
         live.add_to_run(where, sample_ms=facts["ms"], steps=facts["steps"], images=facts["batch"], size=size)  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from comfy.cli_args import args
@@ -20,6 +21,7 @@ MOST = 256 << 20  # bytes of pinned memory that one tensor may take
 log = logging.getLogger("ark")
 _spare = Spare()
 _twins = Twins()
+_carrier = ThreadPoolExecutor(1, "ark-deliver")
 
 
 class Delivery:
@@ -32,6 +34,7 @@ class Delivery:
 
     def __init__(self, tensor: torch.Tensor, device: torch.device):
         self._tensor, self._there = tensor, None
+        self._coming: Future[torch.Tensor] | None = None
         if tensor.device.type == "cuda" and device.type == "cpu":
             self._there = pinned(tensor)
         if self._there is None:
@@ -41,6 +44,13 @@ class Delivery:
         self._copied = torch.cuda.Event()
         self._copied.record(torch.cuda.current_stream(tensor.device))
 
+    def bring(self) -> Delivery:
+        """Have it brought by another thread, while whoever is going to ask for it has other things to do; returns itself."""
+        if self._there is not None:
+            # not itself: whoever lets go of it last frees memory of the device
+            self._coming = _carrier.submit(_brought, self._there, self._copied, self._tensor.device)
+        return self
+
     def arrived(self, wanted_there: bool = False) -> torch.Tensor:
         """The result, once; waits for it.
 
@@ -49,13 +59,25 @@ class Delivery:
         """
         if self._there is None:
             return self._tensor
-        self._copied.synchronize()
-        shape = tuple(self._there.shape)
-        result = _spare.take(shape, self._there.dtype).copy_(self._there)
-        _spare.prepare(shape, self._there.dtype)
+        if self._coming is not None:
+            result = self._coming.result()
+        else:
+            result = _brought(self._there, self._copied, self._tensor.device)
         if wanted_there:
             _twins.remember(result, self._tensor.contiguous())
         return result
+
+
+def _brought(there: torch.Tensor, copied: torch.cuda.Event, device: torch.device) -> torch.Tensor:
+    """Out of memory that is borrowed, once it is there."""
+    with current(device):
+        copied.synchronize()
+    shape = tuple(there.shape)
+    result = _spare.take(shape, there.dtype)
+    with torch.inference_mode():  # a mode is a thread's own
+        result.copy_(there)
+    _spare.prepare(shape, there.dtype)
+    return result
 
 
 def deliver(tensor: torch.Tensor, device: torch.device, wanted_there: bool = False) -> torch.Tensor:

@@ -105,7 +105,7 @@ class FastVAE(comfy.sd.VAE):
         try:
             with current(self.device):
                 images = self._made(result, lambda x: self.process_output(engine.decode(record, x)))
-                return Delivery(images, self.output_device)
+                return Delivery(images, self.output_device).bring()
         except RuntimeError as error:  # out of memory, too; it is decoded when it is asked for
             log.info("Ark VAE: a picture could not be begun ahead (%s).", str(error).partition("\n")[0])  # fmt: skip
             return None

@@ -1,8 +1,8 @@
 """The first step of a run, begun before the host asks for it: until then it has 6 ms to do, and the device nothing.
 
 A run like the last one of a model asks for the same step of other noise and another prompt, and these are there when it
-begins. What the host asks for in the end decides: the device compares that with what was begun, and where a number differs
-the run is to be repeated.
+begins; of a run that differs in its seed only they are there when its prompt arrives. What the host asks for in the end decides:
+the device compares that with what was begun, and where a number differs the run is to be repeated.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..toolkit.answer import Answer, are_equal
-from ..toolkit.fused.graph import Begun
+from ..toolkit.fused.graph import Begun, recording
 from ..toolkit.step_weights import Weights
 from .deliver import current, upload
 from .references import REFERENCES
@@ -25,6 +25,7 @@ from .references import REFERENCES
 DEVICES = ("cuda",)
 # of a model, that are known to leave alone what a step is given; the second is for hooks
 OPTIONS = {"transformer_options", "to_load_options"}
+PAUSE = 7  # runs: a step for nothing costs as much as is won in so many
 log = logging.getLogger("ark")
 
 
@@ -38,6 +39,21 @@ class _Known:
     level: float  # of that
     like: torch.Tensor  # has the dtype and the device of its inputs
     others: tuple  # what it was given beside noise and prompt
+
+
+@dataclass
+class _Form:
+    """What a run is given beside its seed."""
+
+    model: weakref.ref
+    conditioning: weakref.ref[torch.Tensor]
+    shape: torch.Size  # of the noise
+    level: float  # of that
+
+    def is_like(self, other: _Form) -> bool:
+        """Whether it is the same."""
+        same = self.model() is other.model() and self.conditioning() is other.conditioning()
+        return same and (self.shape, self.level) == (other.shape, other.level)
 
 
 @dataclass
@@ -62,14 +78,48 @@ class FirstStep:
         # the last model whose inputs somebody changes
         self._changed: Callable[[], Any] = lambda: None
         self._run: _Run | None = None
+        self._last: _Form | None = None
+        self._ahead: tuple[int, _Form, _Run] | None = None  # of a run with this seed
+        self._pause = 0  # so many runs, as nobody has come for one
+
+    def begin(self, seed: int, draw: Callable[..., torch.Tensor | None]) -> None:
+        """Begin the first step of a run that is expected to differ from the last one in its seed only.
+
+        Args:
+            seed: of its noise.
+            draw: gives that for a seed, a shape and a device; None if it takes too long.
+        """
+        last = self._last
+        if last is None or self._pause:
+            return
+        if self._ahead is not None and self._ahead[0] == seed and self._ahead[1].is_like(last):
+            return
+        model, conditioning = last.model(), last.conditioning()
+        if model is None or conditioning is None or not self._fits(model, last.shape, last.level):
+            return
+        if not _is_arks(model) or not recording.acquire(blocking=False):
+            return
+        try:
+            device = torch.device(model.load_device)
+            with current(device), torch.inference_mode():
+                if (noise := draw(seed, last.shape, device)) is None:
+                    return
+                self._give_up()
+                begun = self._begin(model, noise, last.level, conditioning)
+            self._ahead = (seed, last, begun) if begun.begun is not None else None
+            if self._known is None:  # another thread has unloaded it
+                self._give_up()
+        finally:
+            recording.release()
 
     def run(
-        self, model: Any, noise: torch.Tensor, level: float, positive: list, doubts: list[Callable[[], bool]]
+        self, model: Any, seed: int, noise: torch.Tensor, level: float, positive: list, doubts: list[Callable[[], bool]]
     ) -> contextlib.AbstractContextManager:  # fmt: skip
         """A run of pure noise, whose first step begins here if nothing else can have a hand in it.
 
         Args:
             model: the host's ModelPatcher, which lies on the device.
+            seed: of the noise.
             noise: [B, C, H, W] there.
             level: of the first step.
             positive: the host's CONDITIONING; there is no other.
@@ -79,19 +129,22 @@ class FirstStep:
             return contextlib.nullcontext()
         if len(positive[0][0]) not in (1, len(noise)):  # the host repeats it, or leaves some out
             return contextlib.nullcontext()
-        return self._run_of(model, noise, level, positive[0][0], doubts)
+        return self._run_of(model, seed, noise, level, positive[0][0], doubts)
 
     @contextlib.contextmanager
     def _run_of(
-        self, model: Any, noise: torch.Tensor, level: float, conditioning: torch.Tensor, doubts: list[Callable[[], bool]]
+        self, model: Any, seed: int, noise: torch.Tensor, level: float, conditioning: torch.Tensor, doubts: list[Callable[[], bool]]
     ) -> Iterator[None]:  # fmt: skip
-        mine = self._run = self._begin(model, noise, level, conditioning)
+        form = _Form(weakref.ref(model), weakref.ref(conditioning), noise.shape, level)
+        mine = self._arrived(seed, form) or self._begin(model, noise, level, conditioning)
+        self._run = mine
         try:
             yield
         finally:
             self._run = None
             if mine.begun is not None:
                 mine.begun.leave()
+        self._last = form
         if (begun := mine.begun) is not None:
             doubts.append(lambda: self._is_right(model, begun))
         elif mine.asked is not None:
@@ -104,6 +157,8 @@ class FirstStep:
     def asked(self, *call: Any) -> Begun | None:
         """What was begun of a step, if that is the first of a run: see `Runner.run`."""
         run = self._run
+        if run is None:  # of another kind than what could be begun ahead
+            self._last = None
         if run is None or run.asked is not None:
             return None
         run.asked = call
@@ -113,14 +168,38 @@ class FirstStep:
     def forget(self) -> None:
         """The weights are others now, or lie elsewhere."""
         self._known = None
+        self._give_up()
+
+    def _arrived(self, seed: int, form: _Form) -> _Run | None:
+        """What was begun for this run when its prompt arrived."""
+        self._pause = max(self._pause - 1, 0)
+        if self._ahead is None:
+            return None
+        expected, of, run = self._ahead
+        if expected == seed and of.is_like(form):
+            self._ahead = None
+            return run
+        self._pause = PAUSE
+        self._give_up()
+        return None
+
+    def _give_up(self) -> None:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and (begun := ahead[2].begun) is not None:
+            begun.leave()
+
+    def _fits(self, model: Any, shape: torch.Size, level: float) -> bool:
+        """Whether all that a first step is given beside noise and prompt is known."""
+        known = self._known
+        if known is None or known.model() is not model or (known.shape, known.level) != (shape, level):  # fmt: skip
+            return False
+        if self._changed() is model or known.like.device.type not in DEVICES:
+            return False
+        return self._engine().unchanged(known.weights())
 
     def _begin(self, model: Any, noise: torch.Tensor, level: float, conditioning: torch.Tensor) -> _Run:  # fmt: skip
-        known = self._known
-        if known is None or known.model() is not model or (known.shape, known.level) != (noise.shape, level):  # fmt: skip
-            return _Run(None, None)
-        if self._changed() is model or known.like.device.type not in DEVICES:
-            return _Run(None, None)
-        if not self._engine().unchanged(weights := known.weights()):
+        known: Any = self._known
+        if not self._fits(model, noise.shape, level) or (weights := known.weights()) is None:
             return _Run(None, None)
         try:
             with current(known.like.device), torch.inference_mode():

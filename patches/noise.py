@@ -1,11 +1,13 @@
 """The host's noise without the host, drawn before it is asked for where its seed is known.
 
-To draw it takes the processor 2 ms for a picture of 1024x1024, in which the device would have nothing to do.
+To draw it takes the processor 2 to 4 ms for a picture of 1024x1024, in which the device would have nothing to do. Where somebody
+waits for it, several threads draw it (`toolkit/mersenne.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import threading
 from collections import OrderedDict
@@ -16,13 +18,18 @@ from typing import Any, NamedTuple
 import comfy.sample
 import torch
 
-from .deliver import pinned, upload
+from ..toolkit.fused import reference
+from ..toolkit.fused.graph import recording
+from ..toolkit.fused.runner import operations_for
+from ..toolkit.mersenne import THREADS, JumpAhead
+from .deliver import current, pinned, upload
 from .euler import is_hosts
 from .guard import KEY, SAMPLER_SAMPLE
 
 SEEING_NOISE = "outer_sample", SAMPLER_SAMPLE  # of the host's WrappersMP
 KEPT = 4  # seeds that are expected
 MOST_NUMBERS = 1 << 21  # of what is drawn ahead: four pictures of 1024x1024
+LEAST_NUMBERS = 1 << 18  # that several threads draw: half a picture of 1024x1024
 Shape = tuple[int, ...]
 Drawn = tuple[torch.Tensor, torch.Generator]
 
@@ -41,10 +48,14 @@ class Noise(NamedTuple):
     settle: Callable[[], Any]
 
 
+log = logging.getLogger("ark")
 _worker, _seeds = ThreadPoolExecutor(1, "ark-noise"), ThreadPoolExecutor(1, "ark-seed")
+_finder = ThreadPoolExecutor(1, "ark-jump")
 _lock = threading.Lock()
 _coming: OrderedDict[tuple[int, Shape, str], Future[Drawn]] = OrderedDict()
 _last: tuple[Shape, str] | None = None  # of the last run: its shape, and the type of its device
+# what draws a shape in several threads, if anything
+_jumps: dict[tuple[Shape, torch.device], JumpAhead | None] = {}
 
 
 def noise_for(model: Any, samples: torch.Tensor, seed: int, indices: Any) -> Noise:
@@ -78,6 +89,33 @@ def noise_for(model: Any, samples: torch.Tensor, seed: int, indices: Any) -> Noi
     return Noise(there.to(device, non_blocking=there.is_pinned()), True, settled.result)
 
 
+def ahead(seed: int, shape: Shape, device: torch.device) -> torch.Tensor | None:
+    """The noise of a seed on a device, drawn at once; kept for the run that is going to ask for it. None if that takes long."""
+    shape = tuple(shape)
+    if math.prod(shape) > MOST_NUMBERS:
+        return None
+    key = seed, shape, device.type
+    with _lock:
+        coming = _coming.get(key)
+    # no other thread is waited for, which may wait for this one
+    if coming is None or not coming.done():
+        coming = Future()
+        coming.set_result(_draw_at_once(seed, shape, device))
+        _keep(key, coming)
+    there, _ = coming.result()
+    return there.to(device, non_blocking=there.is_pinned())
+
+
+def hurry(device: torch.device) -> None:
+    """Find out, in another thread, whether noise as the last run's can be drawn `ahead` in less time.
+
+    Args:
+        device: of its model.
+    """
+    if _last is not None and (_last[0], device) not in _jumps:
+        _finder.submit(_find_jump, _last[0], device)
+
+
 def expect(seed: int) -> None:
     """Have the noise of a seed drawn, in another thread, for a run that is otherwise like the last one."""
     last = _last
@@ -85,24 +123,67 @@ def expect(seed: int) -> None:
         return
     key = seed, *last
     with _lock:
-        if key not in _coming:
-            _coming[key] = _worker.submit(_draw, *key)
-            while len(_coming) > KEPT:
-                _coming.popitem(last=False)[1].cancel()
+        known = key in _coming
+    if not known:
+        _keep(key, _worker.submit(_draw, *key))
+
+
+def _keep(key: tuple[int, Shape, str], coming: Future[Drawn]) -> None:
+    with _lock:
+        _coming[key] = coming
+        while len(_coming) > KEPT:
+            _coming.popitem(last=False)[1].cancel()
 
 
 def settle() -> None:
-    """Wait until everything is drawn."""
+    """Wait until everything is drawn, and found out."""
     _worker.submit(int).result()
+    _finder.submit(int).result()
+
+
+def _find_jump(shape: Shape, device: torch.device) -> None:
+    """Several threads have to draw the same as one, whatever torch this is."""
+    count, parts = math.prod(shape), min(THREADS, torch.get_num_threads() // 2)
+    operations, _ = operations_for(device)
+    made = None
+    if parts > 1 and LEAST_NUMBERS <= count <= MOST_NUMBERS and operations is not reference:
+        try:
+            expected, generator = _draw(0, shape, device.type)
+            found, jump = torch.empty_like(expected), JumpAhead(count, parts, device, operations)
+            with current(device), torch.inference_mode():
+                operations.compile_jump()
+                with recording:
+                    after = jump.randn(0, found)
+            if all(map(torch.equal, (found, after.get_state()), (expected, generator.get_state()))):
+                made = jump
+        except Exception as error:  # a Triton that is broken raises whatever it likes
+            log.info("Ark: one thread draws noise (%s).", str(error).partition("\n")[0])
+    while len(_jumps) >= KEPT:
+        del _jumps[next(iter(_jumps))]
+    _jumps[shape, device] = made
+
+
+def _draw_at_once(seed: int, shape: Shape, device: torch.device) -> Drawn:
+    if (jump := _jumps.get((shape, device))) is not None:
+        there = _empty(shape, device.type)
+        try:
+            return there, jump.randn(seed, there)
+        except Exception as error:  # out of memory, or what Triton raises
+            log.debug("Ark: one thread draws noise (%s).", error)
+    return _draw(seed, shape, device.type)
 
 
 def _draw(seed: int, shape: Shape, device_type: str) -> Drawn:
     """In order, however the latents lie, and from where a device can be sent it."""
     generator = torch.Generator().manual_seed(seed)
-    there = torch.empty(shape, dtype=torch.float32)
-    if device_type == "cuda" and (found := pinned(there)) is not None:
-        there = found
+    there = _empty(shape, device_type)
     return torch.randn(shape, generator=generator, out=there), generator
+
+
+def _empty(shape: Shape, device_type: str) -> torch.Tensor:
+    there = torch.empty(shape, dtype=torch.float32)
+    found = pinned(there) if device_type == "cuda" else None
+    return there if found is None else found
 
 
 def _set_seed(seed: int, generator: torch.Generator) -> None:

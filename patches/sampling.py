@@ -81,7 +81,9 @@ def sample_klein(
             stay(guider)
             sampler = shortened(sampler)
             if doubts is not None and negative is None and noise.own:
-                first = _begun(model, latent, noise.tensor, float(sigmas[0]), positive, doubts)
+                first = _begun(
+                    model, latent, seed, noise.tensor, float(sigmas[0]), positive, doubts
+                )
 
         def after_step(*step: Any) -> None:
             watch(*step)
@@ -113,13 +115,13 @@ def sample_klein(
 
 
 def _begun(
-    model: Any, latent: dict, noise: torch.Tensor, level: float, positive: list, doubts: list[Callable[[], bool]]
+    model: Any, latent: dict, seed: int, noise: torch.Tensor, level: float, positive: list, doubts: list[Callable[[], bool]]
 ) -> contextlib.AbstractContextManager:  # fmt: skip
     """A run whose first step begins here, if it starts with nothing but noise at some level; see `FirstStep.run`."""
     engine = engine_on(model)
     if engine is None or "noise_mask" in latent or (level != 1 and latent["samples"].any()):
         return contextlib.nullcontext()
-    return engine.first.run(model, noise, level, positive, doubts)
+    return engine.first.run(model, seed, noise, level, positive, doubts)
 
 
 def _hand_over(result: torch.Tensor, wanted: bool) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import gc
 import json
 import sys
+import threading
 import types
 import weakref
 from pathlib import Path
@@ -23,13 +24,14 @@ import torch  # noqa: E402
 sys.path.append(str(pack_parent))
 from tiny_klein import KLEIN, with_lora  # noqa: E402
 
-from ark.nodes import next_prompt  # noqa: E402
+from ark.nodes import next_prompt, next_step  # noqa: E402
 from ark.patches import first_step, noise  # noqa: E402
 from ark.patches.fused import engine_on, set_fused  # noqa: E402
 from ark.patches.sampling import sample_klein  # noqa: E402
 from ark.patches.transformer import load_transformer  # noqa: E402
+from ark.toolkit.fused import reference  # noqa: E402
 from ark.toolkit.fused import runner as running  # noqa: E402
-from ark.toolkit.fused.graph import Graphs  # noqa: E402
+from ark.toolkit.fused.graph import Graphs, recording  # noqa: E402
 from ark.toolkit.schedule import klein_sigmas  # noqa: E402
 
 # as where steps are recorded
@@ -229,11 +231,153 @@ with torch.inference_mode():
     found["queued"] = drawn_by(next_prompt.look)
     found["busy"] = drawn_by(lambda: handlers[0]({"prompt": prompt(13)}))
     queue.wipe_queue()
+
+    # what is begun of a prompt that arrives, and of its run
+    def graph(seed, text="0", **more):
+        made = {"4": {"class_type": "Text", "inputs": {"text": text}}, "5": {"class_type": "ArkSampler4Step", "inputs": {"seed": seed, "positive": ["4", 0]}}}  # fmt: skip
+        return {**made, **more}
+
+    def arrive(given):
+        steps.clear()
+        handlers[0]({"prompt": given})
+        return len(steps)
+
+    def whole(given, text=0):
+        """Steps when a prompt arrives, by the time the host is asked, in all; whether the latents are right."""
+        seed = given["5"]["inputs"]["seed"]
+        counts = [arrive(given)]
+        made, more = sample(fused, texts[text], seed)
+        counts += [counts[0] + more[0], counts[0] + more[1]]
+        next_step.sampled(
+            {number: {**node, "is_changed": 1} for number, node in given.items()},
+            "5",
+            engine_on(fused).first,
+            "cpu",
+        )
+        arrivals.append([*counts, made, text, seed])
+
+    fused, arrivals = fresh(), []
+    for given in (graph(20), graph(21), graph(22)):
+        whole(given)
+    found["the same"] = arrive(graph(22))
+    found["other seed type"] = arrive(graph(["7", 0]))
+    found["another node"] = arrive(graph(23, **{"8": {"class_type": "PreviewAny", "inputs": {}}}))
+    whole(graph(23, text="1"), text=1)
+    whole(graph(24, text="1"), text=1)
+    # nobody comes for it
+    found["vain"] = arrive(graph(25, text="1"))
+    whole(graph(26, text="2"), text=1)
+    for seed in range(27, 35):
+        whole(graph(seed, text="2"), text=1)
+    first_step.DEVICES = ()
+    found["arrivals"] = [[*counts, torch.equal(made, sample(plain, texts[text], seed)[0])] for *counts, made, text, seed in arrivals]  # fmt: skip
+    first_step.DEVICES = ("cpu",)
+    # that is like the last one in more than it is, or in less
+    fused = fresh()
+    whole(graph(50))
+    given = graph(51)
+    began = arrive(given)
+    made, counts = sample(fused, texts[1], 51)
+    found["other text in the end"] = [began, counts, torch.equal(made, sample(plain, texts[1], 51)[0])]  # fmt: skip
+
+    def then(name, seed, given=None, last=None, model=None, sampler="5", before=lambda: None):
+        """Steps when a prompt arrives, after a run like it."""
+        global fused
+        fused = model or fresh()
+        for number in range(2):
+            sample(fused, texts[0], number)
+        next_step.sampled(last or graph(seed), sampler, engine_on(fused).first, "cpu")
+        before()
+        found[name] = arrive(given or graph(seed + 1))
+
+    then("like it", 52)
+    found["twice"] = arrive(graph(53))
+    then("its seed is a bool", 54, graph(True))
+    others = [{"9": {"class_type": "KSampler", "inputs": {"seed": seed}}} for seed in (3, 4)]
+    then("another's seed", 54, graph(55, **others[1]), graph(54, **others[0]))
+    then("another class", 54, graph(55) | {"4": {**graph(55)["4"], "class_type": "Texts"}})
+    then("no such sampler", 54, sampler="6")
+    then("two samplers", 54, graph(55, **{"7": graph(55)["5"]}))
+    called = fresh().clone()
+    then("calls others meanwhile", 54, model=called, before=lambda: called.add_callback(comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, lambda patcher: None))  # fmt: skip
+    with_references = {"options": {"reference_latents": [torch.randn(1, 128, 3, 4)]}}
+    then("after an edit", 54, before=lambda: sample(fused, texts[0], 9, **with_references))
+    waiting = queue.currently_running
+    add = (lambda: waiting.update({0: 1})) if isinstance(waiting, dict) else (lambda: waiting.append(1))  # fmt: skip
+    then("while another runs", 54, before=add)
+    waiting.clear()
+    then("unloaded before its run", 54)
+    kept = weakref.ref(engine_on(fused)._made)
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    found["kept of what was unloaded"] = kept() is not None
+    # its noise is on its way in a thread that waits
+    fused = fresh()
+    whole(graph(56))
+    go = threading.Event()
+    for _ in range(2):
+        noise._worker.submit(go.wait)
+    noise.expect(57)
+    found["on its way"] = arrive(graph(57))
+    go.set()
+    made, counts = sample(fused, texts[0], 57)
+    found["on its way, then"] = [counts[1], torch.equal(made, sample(plain, texts[0], 57)[0])]
+    for seed in range(60, 70):
+        noise.ahead(seed, (1, 128, 4, 5), torch.device("cpu"))
+    found["kept noise"] = len(noise._coming)
+    # its noise, drawn by several threads    # its noise, drawn by several threads if they are found to draw the same
+    jump, noise.LEAST_NUMBERS, torch.get_num_threads = reference.jump, 0, lambda: 16
+    noise.operations_for = lambda device: (types.SimpleNamespace(jump=lambda *given: jump(*given), compile_jump=lambda: None), "")  # fmt: skip
+
+    def broken_jump(words, places):
+        raise RuntimeError("no memory")
+
+    def in_threads(name=""):
+        """What one thread has to draw, steps, and torch's seed after that."""
+        drawn.clear()
+        whole(graph(70 + len(arrivals)))
+        *counts, made, text, seed = arrivals[-1]
+        hurried[name] = [[number - seed for number in drawn], counts, made, text, seed, torch.get_rng_state()]  # fmt: skip
+
+    class Elsewhere(noise.JumpAhead):
+        """Draws the same, but leaves a generator that would not go on so."""
+
+        def randn(self, seed, out):
+            super().randn(seed, out)
+            return torch.Generator().manual_seed(seed)
+
+    hurried, rights = {}, noise.JumpAhead
+    for kind, how in {"same": jump, "other": lambda *given: reference.jump(*given) ^ 1, "broken": broken_jump, "other state": jump}.items():  # fmt: skip
+        fused, jump, noise._jumps = fresh(), how, {}
+        noise.JumpAhead = Elsewhere if kind == "other state" else rights
+        in_threads()
+        noise.settle()
+        in_threads(kind)
+        if kind == "same":
+            jump = broken_jump
+            in_threads("later broken")
+    first_step.DEVICES = ()
+    for kind, (*mine, made, text, seed, after) in hurried.items():
+        right = torch.equal(made, sample(plain, texts[text], seed)[0])
+        found[f"threads, {kind}"] = [*mine, right, torch.equal(after, torch.get_rng_state())]
+    first_step.DEVICES = ("cpu",)
+    jump = reference.jump
+    # weights that are gone, and a recording that is being made
+    fused = fresh()
+    whole(graph(40))
+    with recording:
+        found["while recording"] = arrive(graph(41))
+    comfy.model_management.unload_all_models()
+    found["nothing there"] = arrive(graph(42))
+    noise.settle()
     found["no graph"] = [drawn_by(lambda given=given: handlers[0]({"prompt": given})) for given in ({"5": {}}, 3, prompt("x"))]  # fmt: skip
     many = {str(n): prompt(50 + n)["5"] for n in range(6)}
     found["many"] = [drawn_by(lambda: handlers[0]({"prompt": many})), drawn_by(lambda: [sample(plain, texts[0], 50 + n) for n in range(6)])]  # fmt: skip
     found["large"] = drawn_by(lambda: sample(plain, texts[0], 1, size=(160, 4)) and noise.expect(5))
     noise.MOST_NUMBERS = 0
     found["too large"] = drawn_by(lambda: noise.expect(6))
+    fused = fresh()
+    whole(graph(90))
+    found["too large ahead"] = drawn_by(lambda: arrive(graph(91))) + steps
 
 out.write_text(json.dumps(found))

@@ -86,4 +86,54 @@ def test_noise_is_drawn_before_its_prompt_runs(found):
     assert found["many"] == [[50, 51, 52, 53], [54, 55]]
     assert found["queued"] == [11] and found["busy"] == []
     assert found["no graph"] == [[]] * 3
-    assert found["large"][-1] == 5 and found["too large"] == []
+    assert found["large"][-1] == 5 and found["too large"] == found["too large ahead"] == []
+
+
+def test_of_a_prompt_that_differs_in_its_seed_it_is_begun_on_arrival(found):
+    at_node, on_arrival = [0, 1, 4, True], [1, 1, 4, True]
+    once, then, after, other_text, text_again, *later = found["arrivals"]
+    assert once == other_text == at_node  # the prompt before was another one
+    assert then == after == text_again == on_arrival
+    assert found["the same"] == found["other seed type"] == found["another node"] == 0
+    # begun for nothing once, and not for a while
+    assert found["vain"] == 1 and later == [at_node] * 8 + [on_arrival]
+    assert found["while recording"] == found["nothing there"] == 0
+
+
+def test_one_that_was_begun_with_another_text_is_not_taken(found):
+    assert found["other text in the end"] == [1, [1, 4], True]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "its seed is a bool",
+        "another's seed",
+        "another class",
+        "no such sampler",
+        "two samplers",
+        "calls others meanwhile",
+        "after an edit",
+        "while another runs",
+        "twice",
+    ],
+)
+def test_of_other_prompts_it_is_not_begun_on_arrival(found, other):
+    assert found["like it"] == 1 and found[other] == 0
+
+
+def test_weights_go_with_what_was_begun_of_them(found):
+    assert found["unloaded before its run"] == 1 and not found["kept of what was unloaded"]
+
+
+def test_nobody_waits_for_noise_that_may_wait_itself(found):
+    assert found["on its way"] == 1 and found["on its way, then"] == [3, True]
+    assert found["kept noise"] == 4
+
+
+@pytest.mark.parametrize(
+    ("threads", "drawn"),
+    [("same", []), ("other", [0]), ("broken", [0]), ("later broken", [0]), ("other state", [0])],
+)
+def test_its_noise_is_drawn_by_several_threads_if_they_draw_the_same(found, threads, drawn):
+    assert found[f"threads, {threads}"] == [drawn, [1, 1, 4], True, True]

@@ -231,3 +231,12 @@ def test_widen(random, dtype):
     found = fast.widen(x, dtype)
     assert found.stride() == x.data.stride() and float(x.scale.prod()) == pytest.approx(1)
     check(found, reference.widen(x, dtype))
+
+
+@pytest.mark.parametrize("most", [1, 128, 300])
+def test_jump(most):
+    numbers = torch.Generator().manual_seed(most)
+    words = torch.randint(-(1 << 31), 1 << 31, (1700,), generator=numbers).int().to(DEVICE)
+    places = torch.randint(0, 1000, (3, most), generator=numbers).int().to(DEVICE)
+    found = fast.jump(words, places)
+    assert torch.equal(found, reference.jump(words, places)) and found.unique().numel() > 700

@@ -50,6 +50,14 @@ def test_group_norm(random, size, dtype, shifted):
         torch.testing.assert_close(found, exact, rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("shift", [30.0, 3000.0])
+def test_what_is_added_may_be_far_from_zero(random, shift):
+    x, arguments = 0.1 + 0.1 * random(torch.float32, 2, 6, 5, 96), norm(random, 96)
+    moments, shift = reference.moments(x), torch.full((96,), shift, device=DEVICE)
+    mine, expected = (ops.factors(moments, *arguments, shift) for ops in (fast, reference))
+    torch.testing.assert_close(mine[:, 0], expected[:, 0], rtol=2e-2, atol=0)
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("silu", [False, True])

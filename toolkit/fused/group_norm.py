@@ -12,13 +12,14 @@ from .reference_pixels import EPS, GROUPS
 PARTS = 512  # of all pictures together: what a large card runs at the same time
 NUMBERS = 4096  # that one program handles at a time
 TURNS = 4  # of that, where nothing is summed up
+STAGES = 3  # of that, on their way at the same time
 PARTS_AT_A_TIME = 128
 
 
 @triton.jit(do_not_specialize=["positions", "per_part"])  # else a new size is compiled anew
 def _moments(
     x, y, shift, out, positions, channels, per_part,
-    ADD: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr,
+    ADD: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     part, picture = tl.program_id(0), tl.program_id(1)
     columns = tl.arange(0, CHANNELS)
@@ -35,7 +36,7 @@ def _moments(
         pivot += added
     sums = tl.zeros([STEP, CHANNELS], tl.float32)
     squares = tl.zeros([STEP, CHANNELS], tl.float32)
-    for row in range(start, end, STEP):
+    for row in tl.range(start, end, STEP, num_stages=STAGES):
         rows = row + tl.arange(0, STEP)
         mask = (rows < end)[:, None] & inside[None, :]
         at = first + rows.to(tl.int64)[:, None] * channels + columns[None, :]
@@ -111,26 +112,28 @@ def _factors(
     added = tl.zeros([COLUMNS], tl.float32)
     if SHIFT:
         added += tl.load(shift + column, inside, 0.0)
-    base = moments + picture.to(tl.int64) * parts * 3 * channels + column[None, :]
+    moments += picture.to(tl.int64) * parts * 3 * channels
+    base = moments + column[None, :]
+    # distances from some mean are small, so that their squares lose nothing
+    pivot = tl.load(moments + channels + group * IN_GROUP)
+    if SHIFT:
+        pivot += tl.load(shift + group * IN_GROUP)
     counts = tl.zeros([PARTS, COLUMNS], tl.float32)
     sums = tl.zeros([PARTS, COLUMNS], tl.float32)
-    for part in range(0, parts, PARTS):
-        rows = part + tl.arange(0, PARTS)
-        mask = (rows < parts)[:, None] & inside[None, :]
-        at = base + rows[:, None] * 3 * channels
-        count = tl.load(at, mask, 0.0)
-        counts += count
-        sums += count * (tl.load(at + channels, mask, 0.0) + added[None, :])
-    total = tl.sum(tl.sum(counts, 1), 0)
-    centre = tl.sum(tl.sum(sums, 1), 0) / total
     squares = tl.zeros([PARTS, COLUMNS], tl.float32)
     for part in range(0, parts, PARTS):
         rows = part + tl.arange(0, PARTS)
         mask = (rows < parts)[:, None] & inside[None, :]
         at = base + rows[:, None] * 3 * channels
-        distance = tl.load(at + channels, mask, 0.0) + added[None, :] - centre
-        squares += tl.load(at + 2 * channels, mask, 0.0) + tl.load(at, mask, 0.0) * distance * distance  # fmt: skip
-    variance = tl.sum(tl.sum(squares, 1), 0) / total
+        count = tl.load(at, mask, 0.0)
+        distance = tl.load(at + channels, mask, 0.0) + added[None, :] - pivot
+        counts += count
+        sums += count * distance
+        squares += tl.load(at + 2 * channels, mask, 0.0) + count * distance * distance
+    total = tl.sum(tl.sum(counts, 1), 0)
+    mean = tl.sum(tl.sum(sums, 1), 0) / total
+    variance = tl.sum(tl.sum(squares, 1), 0) / total - mean * mean
+    centre = mean + pivot
     factor = tl.load(weight + column, inside, 0.0) * tl.rsqrt(variance + eps)
     addend = tl.load(bias + column, inside, 0.0) + (added - centre) * factor
     to = out + picture * 2 * channels + column
@@ -196,7 +199,7 @@ def _moments_of(
     out = x.new_empty(batch, parts, 3, channels, dtype=torch.float32)
     launch(_moments, (parts, batch))(
         x, x if y is None else y, out if shift is None else shift, out, height * width, channels, per_part,
-        ADD=y is not None, STEP=step, CHANNELS=columns, num_warps=8,
+        ADD=y is not None, STEP=step, CHANNELS=columns, STAGES=STAGES, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -210,7 +213,7 @@ def interleave(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     to = x.new_empty(batch, 2 * height, 2 * width, channels)
     out = x.new_empty(batch, parts, 3, channels, dtype=torch.float32)
     launch(_interleave, (parts, batch))(
-        x, to, out, height, width, channels, per_part, STEP=step, CHANNELS=columns, num_warps=8
+        x, to, out, height, width, channels, per_part, STEP=step, CHANNELS=columns, num_warps=4
     )
     return to, out
 

@@ -69,7 +69,8 @@ class CachedCLIP(comfy.sd.CLIP):
         if key not in self._tokens:
             self._tokens[key] = super().tokenize(text)
             while len(self._tokens) > TEXTS:
-                self._tokens.pop(next(iter(self._tokens)))
+                # another thread may have been here
+                self._tokens.pop(next(iter(self._tokens)), None)
         # other nodes may write into what they get
         return {name: list(map(list, sections)) for name, sections in self._tokens[key].items()}
 

@@ -92,7 +92,7 @@ class FirstStep:
         last = self._last
         if last is None or self._pause:
             return
-        if self._ahead is not None and self._ahead[0] == seed and self._ahead[1].is_like(last):
+        if (ahead := self._ahead) is not None and ahead[0] == seed and ahead[1].is_like(last):
             return
         model, conditioning = last.model(), last.conditioning()
         if model is None or conditioning is None or not self._fits(model, last.shape, last.level):
@@ -173,9 +173,9 @@ class FirstStep:
     def _arrived(self, seed: int, form: _Form) -> _Run | None:
         """What was begun for this run when its prompt arrived."""
         self._pause = max(self._pause - 1, 0)
-        if self._ahead is None:
+        if (ahead := self._ahead) is None:  # another thread may unload the model at any time
             return None
-        expected, of, run = self._ahead
+        expected, of, run = ahead
         if expected == seed and of.is_like(form):
             self._ahead = None
             return run

@@ -143,6 +143,8 @@ def settle() -> None:
 
 def _find_jump(shape: Shape, device: torch.device) -> None:
     """Several threads have to draw the same as one, whatever torch this is."""
+    if (shape, device) in _jumps:  # it was asked for twice
+        return
     count, parts = math.prod(shape), min(THREADS, torch.get_num_threads() // 2)
     operations, _ = operations_for(device)
     made = None

@@ -71,7 +71,7 @@ def arrived(request: Any) -> Any:
         with queue.mutex:
             busy = bool(queue.queue or queue.currently_running)
         if not busy:
-            next_step.arrived(request["prompt"])
+            next_step.arrived(request["prompt"])  # first, as the device may idle
             _expect_noise(request["prompt"])
         for clip, text in [] if busy else _texts(request["prompt"]):
             coming = _worker.submit(_call, clip.encode_ahead(text))

@@ -171,7 +171,8 @@ def _draw_at_once(seed: int, shape: Shape, device: torch.device) -> Drawn:
         try:
             return there, jump.randn(seed, there)
         except Exception as error:  # out of memory, or what Triton raises
-            log.debug("Ark: one thread draws noise (%s).", error)
+            _jumps[shape, device] = None
+            log.info("Ark: one thread draws noise from now on (%s).", str(error).partition("\n")[0])
     return _draw(seed, shape, device.type)
 
 

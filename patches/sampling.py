@@ -81,9 +81,7 @@ def sample_klein(
             stay(guider)
             sampler = shortened(sampler)
             if doubts is not None and negative is None and noise.own:
-                first = _begun(
-                    model, latent, seed, noise.tensor, float(sigmas[0]), positive, doubts
-                )
+                first = _begun(model, latent, seed, noise.tensor, float(sigmas[0]), positive, doubts)  # fmt: skip
 
         def after_step(*step: Any) -> None:
             watch(*step)

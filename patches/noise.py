@@ -1,7 +1,7 @@
 """The host's noise without the host, drawn before it is asked for where its seed is known.
 
 To draw it takes the processor 2 to 4 ms for a picture of 1024x1024, in which the device would have nothing to do. Where somebody
-waits for it, several threads draw it (`toolkit/mersenne.py`).
+waits for it the device draws it, too (`toolkit/mersenne.py`).
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ import torch
 from ..toolkit.fused import reference
 from ..toolkit.fused.graph import recording
 from ..toolkit.fused.runner import operations_for
-from ..toolkit.mersenne import THREADS, JumpAhead
+from ..toolkit.mersenne import CpuRandn
 from .deliver import current, pinned, upload
 from .euler import is_hosts
 from .guard import KEY, SAMPLER_SAMPLE
 
 SEEING_NOISE = "outer_sample", SAMPLER_SAMPLE  # of the host's WrappersMP
-KEPT = 4  # seeds that are expected
+KEPT = 4  # seeds that are expected, and shapes that a device draws
+SEED = 2685821657736338717  # of the numbers by which it is found out whether that is right
 MOST_NUMBERS = 1 << 21  # of what is drawn ahead: four pictures of 1024x1024
-LEAST_NUMBERS = 1 << 18  # that several threads draw: half a picture of 1024x1024
+LEAST_NUMBERS = 1 << 17  # that a device draws: a picture of 512x512
+PARTS = 32  # in which it does
 Shape = tuple[int, ...]
 Drawn = tuple[torch.Tensor, torch.Generator]
 
@@ -50,12 +52,12 @@ class Noise(NamedTuple):
 
 log = logging.getLogger("ark")
 _worker, _seeds = ThreadPoolExecutor(1, "ark-noise"), ThreadPoolExecutor(1, "ark-seed")
-_finder = ThreadPoolExecutor(1, "ark-jump")
+_finder = ThreadPoolExecutor(1, "ark-randn")
 _lock = threading.Lock()
 _coming: OrderedDict[tuple[int, Shape, str], Future[Drawn]] = OrderedDict()
 _last: tuple[Shape, str] | None = None  # of the last run: its shape, and the type of its device
-# what draws a shape in several threads, if anything
-_jumps: dict[tuple[Shape, torch.device], JumpAhead | None] = {}
+# what draws a shape on a device, if anything
+_there: dict[tuple[Shape, torch.device], CpuRandn | None] = {}
 
 
 def noise_for(model: Any, samples: torch.Tensor, seed: int, indices: Any) -> Noise:
@@ -90,7 +92,7 @@ def noise_for(model: Any, samples: torch.Tensor, seed: int, indices: Any) -> Noi
 
 
 def ahead(seed: int, shape: Shape, device: torch.device) -> torch.Tensor | None:
-    """The noise of a seed on a device, drawn at once; kept for the run that is going to ask for it. None if that takes long."""
+    """The noise of a seed on a device, at once; None if that takes long."""
     shape = tuple(shape)
     if math.prod(shape) > MOST_NUMBERS:
         return None
@@ -99,21 +101,23 @@ def ahead(seed: int, shape: Shape, device: torch.device) -> torch.Tensor | None:
         coming = _coming.get(key)
     # no other thread is waited for, which may wait for this one
     if coming is None or not coming.done():
+        if (found := _draw_there(seed, shape, device)) is not None:
+            return found
         coming = Future()
-        coming.set_result(_draw_at_once(seed, shape, device))
-        _keep(key, coming)
+        coming.set_result(_draw(*key))
+        _keep(key, coming)  # for the run that is going to ask for it
     there, _ = coming.result()
     return there.to(device, non_blocking=there.is_pinned())
 
 
 def hurry(device: torch.device) -> None:
-    """Find out, in another thread, whether noise as the last run's can be drawn `ahead` in less time.
+    """Find out, in another thread, whether a device can draw noise as the last run's.
 
     Args:
         device: of its model.
     """
-    if _last is not None and (_last[0], device) not in _jumps:
-        _finder.submit(_find_jump, _last[0], device)
+    if _last is not None and (_last[0], device) not in _there:
+        _finder.submit(_find, _last[0], device)
 
 
 def expect(seed: int) -> None:
@@ -141,39 +145,37 @@ def settle() -> None:
     _finder.submit(int).result()
 
 
-def _find_jump(shape: Shape, device: torch.device) -> None:
-    """Several threads have to draw the same as one, whatever torch this is."""
-    if (shape, device) in _jumps:  # it was asked for twice
+def _find(shape: Shape, device: torch.device) -> None:
+    """It has to draw the same as the processor, whatever torch this is."""
+    if (shape, device) in _there:  # it was asked for twice
         return
-    count, parts = math.prod(shape), min(THREADS, torch.get_num_threads() // 2)
+    count, made = math.prod(shape), None
     operations, _ = operations_for(device)
-    made = None
-    if parts > 1 and LEAST_NUMBERS <= count <= MOST_NUMBERS and operations is not reference:
+    if LEAST_NUMBERS <= count <= MOST_NUMBERS and operations is not reference:
         try:
-            expected, generator = _draw(0, shape, device.type)
-            found, jump = torch.empty_like(expected), JumpAhead(count, parts, device, operations)
+            drawing = CpuRandn(count, PARTS, device, operations)
             with current(device), torch.inference_mode():
-                operations.compile_jump()
+                operations.compile_randn()
                 with recording:
-                    after = jump.randn(0, found)
-            if all(map(torch.equal, (found, after.get_state()), (expected, generator.get_state()))):
-                made = jump
+                    found = drawing.randn(SEED)
+            expected, _ = _draw(SEED, shape, "cpu")
+            made = drawing if torch.equal(found.cpu(), expected.view(-1)) else None
         except Exception as error:  # a Triton that is broken raises whatever it likes
-            log.info("Ark: one thread draws noise (%s).", str(error).partition("\n")[0])
-    while len(_jumps) >= KEPT:
-        del _jumps[next(iter(_jumps))]
-    _jumps[shape, device] = made
+            log.info("Ark: the processor draws noise (%s).", str(error).partition("\n")[0])
+    while len(_there) >= KEPT:
+        del _there[next(iter(_there))]
+    _there[shape, device] = made
 
 
-def _draw_at_once(seed: int, shape: Shape, device: torch.device) -> Drawn:
-    if (jump := _jumps.get((shape, device))) is not None:
-        there = _empty(shape, device.type)
-        try:
-            return there, jump.randn(seed, there)
-        except Exception as error:  # out of memory, or what Triton raises
-            _jumps[shape, device] = None
-            log.info("Ark: one thread draws noise from now on (%s).", str(error).partition("\n")[0])
-    return _draw(seed, shape, device.type)
+def _draw_there(seed: int, shape: Shape, device: torch.device) -> torch.Tensor | None:
+    if (drawing := _there.get((shape, device))) is None:
+        return None
+    try:
+        return drawing.randn(seed).view(shape)
+    except Exception as error:  # out of memory, or what Triton raises
+        _there[shape, device] = None
+        log.info("Ark: the processor draws noise from now on (%s).", str(error).partition("\n")[0])
+        return None
 
 
 def _draw(seed: int, shape: Shape, device_type: str) -> Drawn:

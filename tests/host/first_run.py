@@ -325,43 +325,40 @@ with torch.inference_mode():
     for seed in range(60, 70):
         noise.ahead(seed, (1, 128, 4, 5), torch.device("cpu"))
     found["kept noise"] = len(noise._coming)
-    # its noise, drawn by several threads    # its noise, drawn by several threads if they are found to draw the same
-    jump, noise.LEAST_NUMBERS, torch.get_num_threads = reference.jump, 0, lambda: 16
-    noise.operations_for = lambda device: (types.SimpleNamespace(jump=lambda *given: jump(*given), compile_jump=lambda: None), "")  # fmt: skip
+    # its noise, drawn by the device if that is found to draw the same
+    noise.LEAST_NUMBERS, noise.PARTS, there = 0, 3, []
+    noise.operations_for = lambda device: (types.SimpleNamespace(jump=lambda *given: how(*given), normal=reference.normal, compile_randn=lambda: None), "")  # fmt: skip
 
-    def broken_jump(words, places):
+    def right_jump(*given):
+        there.append(given)
+        return reference.jump(*given)
+
+    def other_jump(*given):
+        return right_jump(*given) ^ 1
+
+    def broken_jump(*given):
         raise RuntimeError("no memory")
 
-    def in_threads(name=""):
-        """What one thread has to draw, steps, and torch's seed after that."""
-        drawn.clear()
+    def ahead(name=""):
+        """What the device draws, steps, and torch's seed after that."""
+        there.clear()
         whole(graph(70 + len(arrivals)))
         *counts, made, text, seed = arrivals[-1]
-        hurried[name] = [[number - seed for number in drawn], counts, made, text, seed, torch.get_rng_state()]  # fmt: skip
+        hurried[name] = [len(there), counts, made, text, seed, torch.get_rng_state()]
 
-    class Elsewhere(noise.JumpAhead):
-        """Draws the same, but leaves a generator that would not go on so."""
-
-        def randn(self, seed, out):
-            super().randn(seed, out)
-            return torch.Generator().manual_seed(seed)
-
-    hurried, rights = {}, noise.JumpAhead
-    for kind, how in {"same": jump, "other": lambda *given: reference.jump(*given) ^ 1, "broken": broken_jump, "other state": jump}.items():  # fmt: skip
-        fused, jump, noise._jumps = fresh(), how, {}
-        noise.JumpAhead = Elsewhere if kind == "other state" else rights
-        in_threads()
+    hurried = {}
+    for kind, first, later in (("same", right_jump, right_jump), ("other", other_jump, other_jump), ("broken", broken_jump, broken_jump), ("later broken", right_jump, broken_jump), ("later other", right_jump, other_jump)):  # fmt: skip
+        fused, how, noise._there = fresh(), first, {}
+        ahead()
         noise.settle()
-        in_threads(kind)
-        if kind == "same":
-            jump = broken_jump
-            in_threads("later broken")
+        how = later
+        ahead(kind)
     first_step.DEVICES = ()
     for kind, (*mine, made, text, seed, after) in hurried.items():
         right = torch.equal(made, sample(plain, texts[text], seed)[0])
-        found[f"threads, {kind}"] = [*mine, right, torch.equal(after, torch.get_rng_state())]
-    first_step.DEVICES = ("cpu",)
-    jump = reference.jump
+        found[f"there, {kind}"] = [*mine, right, torch.equal(after, torch.get_rng_state())]
+    first_step.DEVICES, noise._there = ("cpu",), {}
+    noise.operations_for = lambda device: (reference, "")
     # weights that are gone, and a recording that is being made
     fused = fresh()
     whole(graph(40))

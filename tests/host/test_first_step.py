@@ -132,8 +132,13 @@ def test_nobody_waits_for_noise_that_may_wait_itself(found):
 
 
 @pytest.mark.parametrize(
-    ("threads", "drawn"),
-    [("same", []), ("other", [0]), ("broken", [0]), ("later broken", [0]), ("other state", [0])],
-)
-def test_its_noise_is_drawn_by_several_threads_if_they_draw_the_same(found, threads, drawn):
-    assert found[f"threads, {threads}"] == [drawn, [1, 1, 4], True, True]
+    ("there", "draws", "steps"),
+    [("same", 1, [1, 1, 4]), ("other", 0, [1, 1, 4]), ("broken", 0, [1, 1, 4]), ("later broken", 0, [1, 1, 4])],
+)  # fmt: skip
+def test_its_noise_is_drawn_by_the_device_if_that_draws_the_same(found, there, draws, steps):
+    assert found[f"there, {there}"] == [draws, steps, True, True]
+
+
+def test_with_noise_that_is_not_the_processors_the_run_is_repeated(found):
+    draws, steps, right, same_after = found["there, later other"]
+    assert (draws, right, same_after) == (1, True, True) and sum(steps[1:]) > 4

@@ -233,10 +233,25 @@ def test_widen(random, dtype):
     check(found, reference.widen(x, dtype))
 
 
-@pytest.mark.parametrize("most", [1, 128, 300])
-def test_jump(most):
+@pytest.mark.parametrize(("most", "each"), [(1, 624), (128, 851), (300, 2000)])
+def test_jump(most, each):
     numbers = torch.Generator().manual_seed(most)
     words = torch.randint(-(1 << 31), 1 << 31, (1700,), generator=numbers).int().to(DEVICE)
     places = torch.randint(0, 1000, (3, most), generator=numbers).int().to(DEVICE)
-    found = fast.jump(words, places)
-    assert torch.equal(found, reference.jump(words, places)) and found.unique().numel() > 700
+    found = fast.jump(words, places, each)
+    assert torch.equal(found, reference.jump(words, places, each))
+    assert found.unique().numel() > 700
+
+
+@pytest.mark.parametrize("count", [16, 1616, 65536])
+def test_normal(count):
+    numbers = torch.Generator().manual_seed(count)
+    words = torch.randint(-(1 << 31), 1 << 31, (count,), generator=numbers).int()
+    words[0] = 0  # the logarithm of 1
+    words = words.to(DEVICE)
+    found, expected = fast.normal(words), reference.normal(words)
+    assert found[0] == 0
+    if DEVICE == "cuda":
+        assert torch.equal(found, expected)
+    else:  # the interpreter rounds products
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

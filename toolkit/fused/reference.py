@@ -18,12 +18,12 @@ from .reference_pixels import (
     softmax,
     to_colours,
 )
+from .reference_randn import compile_randn, jump, normal
 from .rows import Rows
 
-__all__ = ["add", "add_norm", "attend_causal", "compile_jump", "factors", "from_colours", "gated", "interleave", "jump", "modulate", "moments", "norm_rotate", "norm_turn", "normed", "quantise", "softmax", "swiglu", "to_colours", "to_fp8", "widen", "within"]  # fmt: skip
+__all__ = ["add", "add_norm", "attend_causal", "compile_randn", "factors", "from_colours", "gated", "interleave", "jump", "modulate", "moments", "norm_rotate", "norm_turn", "normal", "normed", "quantise", "softmax", "swiglu", "to_colours", "to_fp8", "widen", "within"]  # fmt: skip
 
 EPS = 1e-6  # of the norms without weights
-STATE = 624  # words of a Mersenne Twister
 HIDDEN = -1e30  # added to the score of what is not to be seen; finite in bf16, too
 
 
@@ -231,33 +231,3 @@ def attend_causal(
     k, v = (x.repeat_interleave(repeat, 2).transpose(1, 2) for x in (k, v))
     found = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=bias)
     return found.transpose(1, 2).flatten(2)
-
-
-def compile_jump() -> None:
-    """What makes the next `jump` as fast as those after it."""
-
-
-def jump(words: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Later states of a Mersenne Twister, see `toolkit/mersenne.py`.
-
-    Args:
-        words: [N] int32, as it gives them one after the other.
-        places: [states, most] int32; each word of a state is the sum, bit by bit, of words that stand so much after it.
-
-    Returns:
-        [states, 624] int64, as it keeps them: without what it does to each word that it gives.
-    """
-    windows, found = words.unfold(0, STATE, 1), []
-    for row in places:
-        y = windows[row]
-        while len(y) > 1:
-            half = len(y) // 2
-            y = torch.cat((y[:half] ^ y[half : 2 * half], y[2 * half :]))
-        found.append(y[0])
-    y = torch.stack(found).long() & 0xFFFFFFFF
-    y ^= y >> 18
-    y ^= (y << 15) & 0xEFC60000
-    z = y
-    for _ in range(4):  # 7 bits more are right each time
-        z = y ^ ((z << 7) & 0x9D2C5680)
-    return z ^ ((z ^ (z >> 11)) >> 11)

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 
 from .fused import reference
-from .fused.reference_randn import GROUP, LAG, MATRIX, STATE
+from .fused.reference_randn import DEGREE, GROUP, LAG, MATRIX, STATE
 
-BITS, LOW_BITS = 32, 31  # w and r of the paper, whose n, m and a are STATE, LAG and MATRIX
-DEGREE = STATE * BITS - LOW_BITS
-NEEDED = DEGREE + STATE - 1  # words from which later ones are made
+LOW_BITS = 31  # r of the paper, whose n, m and a are STATE, LAG and MATRIX
+FIRST_WORD = 3  # in what torch gives as a generator's state, in numbers of 8 bytes
 
 
 class CpuRandn:
@@ -42,7 +41,7 @@ class CpuRandn:
         self._device, self._operations = device, operations
         rows = [exponents(start) for start in range(0, count, self._each)]
         most = max(map(len, rows))
-        filled = [row + [NEEDED] * (most - len(row)) for row in rows]
+        filled = [row + [-1] * (most - len(row)) for row in rows]
         self._places = torch.tensor(filled, dtype=torch.int32)
 
     def randn(self, seed: int) -> torch.Tensor:
@@ -54,13 +53,9 @@ class CpuRandn:
         Returns:
             [count] fp32 on the device.
         """
-        generator = torch.Generator().manual_seed(seed)
-        pairs = torch.empty(NEEDED // 2, dtype=torch.int64)
-        # all bits of two words, the later one below
-        pairs.random_(-(1 << 63), None, generator=generator)
-        # with zeros behind them, for places that add nothing
-        words = torch.zeros(NEEDED + STATE, dtype=torch.int32, pin_memory=self._device.type == "cuda")  # fmt: skip
-        words[:NEEDED].view(-1, 2).copy_(pairs.view(torch.int32).view(-1, 2).flip(1))
+        state = torch.Generator().manual_seed(seed).get_state().view(torch.int64)
+        words = torch.empty(STATE, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        words.copy_(state[FIRST_WORD : FIRST_WORD + STATE])
         self._places = self._places.to(self._device)
         there = words.to(self._device, non_blocking=True)
         found = self._operations.jump(there, self._places, self._each)

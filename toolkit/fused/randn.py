@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .launch import launch
-from .reference_randn import GROUP, LAG, STATE
+from .reference_randn import DEGREE, GROUP, LAG, STATE
 
 AT_A_TIME = 128  # places
 COLUMNS = 16  # words that one program adds up
@@ -33,18 +33,10 @@ def _first(words, places, out, most, each, STATE: tl.constexpr, AT_A_TIME: tl.co
     sums = tl.zeros([AT_A_TIME, COLUMNS], tl.int32)
     for first in range(0, most, AT_A_TIME):
         numbers = first + tl.arange(0, AT_A_TIME)
-        at = tl.load(places + part * most + numbers, numbers < most, 0)
-        mask = (numbers < most)[:, None] & inside[None, :]
+        at = tl.load(places + part * most + numbers, numbers < most, -1)
+        mask = (at >= 0)[:, None] & inside[None, :]
         sums ^= tl.load(words + at[:, None] + columns[None, :], mask, 0)
-    y = tl.xor_sum(sums, 0).to(tl.uint32, bitcast=True)
-    y ^= y >> 18
-    y ^= (y << 15) & 0xEFC60000
-    z = y
-    for _ in tl.static_range(4):
-        z = y ^ ((z << 7) & 0x9D2C5680)
-    y = z ^ (z >> 11)
-    y = z ^ (y >> 11)
-    tl.store(out + part * each + columns, y.to(tl.int32, bitcast=True), inside)
+    tl.store(out + part * each + columns, tl.xor_sum(sums, 0), inside)
 
 
 @triton.jit(do_not_specialize=["each"])
@@ -121,11 +113,14 @@ def _normal(words, out, count, PAIRS: tl.constexpr, GROUP: tl.constexpr):
     tl.store(out + at + HALF, radius * second, inside)
 
 
-def jump(words: torch.Tensor, places: torch.Tensor, each: int) -> torch.Tensor:
+def jump(state: torch.Tensor, places: torch.Tensor, each: int) -> torch.Tensor:
     """As `reference.jump`."""
     parts, most = places.shape
-    out = torch.empty(parts, each, dtype=torch.int32, device=words.device)
-    launch(_first, (triton.cdiv(STATE, COLUMNS), parts))(words, places, out, most, each, **FIRST)
+    words = torch.empty(2 * STATE + DEGREE, dtype=torch.int32, device=state.device)
+    words[:STATE] = state
+    launch(_go_on, (1,))(words, len(words), **GO_ON)
+    out = torch.empty(parts, each, dtype=torch.int32, device=state.device)
+    launch(_first, (triton.cdiv(STATE, COLUMNS), parts))(words[STATE:], places, out, most, each, **FIRST)  # fmt: skip
     launch(_go_on, (parts,))(out, each, **GO_ON)
     return out
 

@@ -8,6 +8,7 @@ import torch
 
 # of a Mersenne Twister: words of its state, between the two of them that a later one is made of, and what its lowest bit adds
 STATE, LAG, MATRIX = 624, 397, 0x9908B0DF
+DEGREE = 19937  # of its polynomial: later words are sums of so many
 TOP, LEFT = 0x9D2C5680, 0xEFC60000  # masks of what is done to each word that it gives
 GROUP = 16  # numbers that are made together
 # of Cephes, in the order in which they are used: a logarithm's, what it takes for that of 2, and pi / 4 in three parts
@@ -23,39 +24,40 @@ def compile_randn() -> None:
     """What makes the next numbers come as fast as those after them."""
 
 
-def jump(words: torch.Tensor, places: torch.Tensor, each: int) -> torch.Tensor:
+def jump(state: torch.Tensor, places: torch.Tensor, each: int) -> torch.Tensor:
     """Words of a Mersenne Twister from several places on.
 
     Args:
-        words: [N] int32, as it gives them one after the other.
-        places: [parts, most] int32; each of the first words of a part is the sum, bit by bit, of words that stand so much
-            after it.
+        state: [624] int32, as its seed has made it.
+        places: [parts, most] int32, each row filled up with -1; each of the first words of a part is the sum, bit by bit, of
+            words that stand so much after it.
         each: words of a part, at least 624.
 
     Returns:
         [parts, each] int32, as it keeps them: without what it does to each word that it gives.
     """
-    windows = words.unfold(0, STATE, 1)
-    found = torch.empty(len(places), each, dtype=torch.int64, device=words.device)
-    for part, row in enumerate(places):
-        y = windows[row]
+    words = _go_on(state[None], STATE + int(places.max()) + STATE)[0]
+    windows, found = words[STATE:].unfold(0, STATE, 1), []
+    for row in places:
+        y = windows[row[row >= 0]]
         while len(y) > 1:
             half = len(y) // 2
             y = torch.cat((y[:half] ^ y[half : 2 * half], y[2 * half :]))
-        y = y[0].long() & 0xFFFFFFFF
-        y ^= y >> 18
-        y ^= (y << 15) & LEFT
-        z = y
-        for _ in range(4):  # 7 bits more are right each time
-            z = y ^ ((z << 7) & TOP)
-        found[part, :STATE] = z ^ ((z ^ (z >> 11)) >> 11)
-    for first in range(STATE, each, STATE - LAG):
-        last = min(first + STATE - LAG, each)
+        found.append(y[0])
+    return _go_on(torch.stack(found), each).int()
+
+
+def _go_on(given: torch.Tensor, count: int) -> torch.Tensor:
+    """[B, count] words, of which [B, 624] are there."""
+    found = torch.empty(len(given), count, dtype=torch.int64, device=given.device)
+    found[:, :STATE] = given.long() & 0xFFFFFFFF
+    for first in range(STATE, count, STATE - LAG):
+        last = min(first + STATE - LAG, count)
         old, next_one = (found[:, first - STATE + late : last - STATE + late] for late in (0, 1))
         mixed = (old & 0x80000000) | (next_one & 0x7FFFFFFF)
         before = found[:, first - STATE + LAG : last - STATE + LAG]
         found[:, first:last] = before ^ (mixed >> 1) ^ (mixed & 1) * MATRIX
-    return found.int()
+    return found
 
 
 def normal(words: torch.Tensor) -> torch.Tensor:

@@ -57,8 +57,7 @@ class CpuRandn:
         words = torch.empty(STATE, dtype=torch.int32, pin_memory=self._device.type == "cuda")
         words.copy_(state[FIRST_WORD : FIRST_WORD + STATE])
         self._places = self._places.to(self._device)
-        there = words.to(self._device, non_blocking=True)
-        found = self._operations.jump(there, self._places, self._each)
+        found = self._operations.jump(words, self._places, self._each)
         return self._operations.normal(found.view(-1)[: self._count])
 
 

@@ -236,7 +236,7 @@ def test_widen(random, dtype):
 @pytest.mark.parametrize(("most", "each"), [(1, 624), (128, 851), (300, 2000)])
 def test_jump(most, each):
     numbers = torch.Generator().manual_seed(most)
-    state = torch.randint(-(1 << 31), 1 << 31, (624,), generator=numbers).int().to(DEVICE)
+    state = torch.randint(-(1 << 31), 1 << 31, (624,), generator=numbers).int()
     places = torch.randint(-1, 19937, (3, most), generator=numbers).int()
     places[:, 0] = torch.tensor([0, 5, 19936])
     found = fast.jump(state, places.to(DEVICE), each)

@@ -116,10 +116,10 @@ def _normal(words, out, count, PAIRS: tl.constexpr, GROUP: tl.constexpr):
 def jump(state: torch.Tensor, places: torch.Tensor, each: int) -> torch.Tensor:
     """As `reference.jump`."""
     parts, most = places.shape
-    words = torch.empty(2 * STATE + DEGREE, dtype=torch.int32, device=state.device)
-    words[:STATE] = state
+    words = torch.empty(2 * STATE + DEGREE, dtype=torch.int32, device=places.device)
+    words[:STATE].copy_(state, non_blocking=True)
     launch(_go_on, (1,))(words, len(words), **GO_ON)
-    out = torch.empty(parts, each, dtype=torch.int32, device=state.device)
+    out = torch.empty(parts, each, dtype=torch.int32, device=places.device)
     launch(_first, (triton.cdiv(STATE, COLUMNS), parts))(words[STATE:], places, out, most, each, **FIRST)  # fmt: skip
     launch(_go_on, (parts,))(out, each, **GO_ON)
     return out

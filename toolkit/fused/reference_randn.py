@@ -28,7 +28,7 @@ def jump(state: torch.Tensor, places: torch.Tensor, each: int) -> torch.Tensor:
     """Words of a Mersenne Twister from several places on.
 
     Args:
-        state: [624] int32, as its seed has made it.
+        state: [624] int32, as its seed has made it; on the host.
         places: [parts, most] int32, each row filled up with -1; each of the first words of a part is the sum, bit by bit, of
             words that stand so much after it.
         each: words of a part, at least 624.
@@ -36,7 +36,7 @@ def jump(state: torch.Tensor, places: torch.Tensor, each: int) -> torch.Tensor:
     Returns:
         [parts, each] int32, as it keeps them: without what it does to each word that it gives.
     """
-    words = _go_on(state[None], STATE + int(places.max()) + STATE)[0]
+    words = _go_on(state[None].to(places.device), STATE + int(places.max()) + STATE)[0]
     windows, found = words[STATE:].unfold(0, STATE, 1), []
     for row in places:
         y = windows[row[row >= 0]]

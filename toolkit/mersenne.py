@@ -54,9 +54,8 @@ class CpuRandn:
             [count] fp32 on the device.
         """
         state = torch.Generator().manual_seed(seed).get_state().view(torch.int64)
-        words = torch.empty(STATE, dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        words.copy_(state[FIRST_WORD : FIRST_WORD + STATE])
         self._places = self._places.to(self._device)
+        words = state[FIRST_WORD : FIRST_WORD + STATE].int()
         found = self._operations.jump(words, self._places, self._each)
         return self._operations.normal(found.view(-1)[: self._count])
 

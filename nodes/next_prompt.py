@@ -1,8 +1,8 @@
-"""Texts are encoded, and noise is drawn, before their prompt's turn comes, while the GPU idles.
+"""Texts are encoded and noise is drawn before their prompt's turn comes, while the GPU idles.
 
 That is while a picture is saved, for the prompt that is next in the queue, and while the host looks at a prompt that has just
 arrived. Only what needs no loading and no other node: a text of its own, encoded by the CLIP that an ArkFastLoader has given.
-With a prompt like the last one even its first step is begun (`next_step.py`).
+What follows is the first step (`next_step.py`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def watch() -> None:
     """Look at the queue whenever a picture has been decoded, and at each prompt that arrives."""
     if look not in fast_vae.decoded:
         fast_vae.decoded.append(look)
+        next_step.watch()
         if (server := live.server()) is not None:
             server.add_on_prompt_handler(arrived)
 
@@ -54,14 +55,15 @@ def look() -> list[Future[bool]]:
         return []
     try:
         with queue.mutex:
-            waiting = queue.queue[0] if queue.queue else None  # a heap
-        if waiting:
-            _expect_noise(waiting[2])
-        texts = list(_texts(waiting[2])) if waiting else []
+            waiting = queue.queue[0][2] if queue.queue else {}  # a heap
+        _expect_noise(waiting)
+        texts = {node: (clip, text) for node, clip, text in _texts(waiting)}
+        coming = {node: _worker.submit(_call, functools.partial(_encode, *each)) for node, each in texts.items()}  # fmt: skip
+        next_step.decoded(waiting, {node: clip for node, (clip, _) in texts.items()}, coming)
     except Exception as error:  # a host that keeps its queue otherwise; the picture is there
         log.debug("Ark: the queue could not be read (%s).", error)
         return []
-    return [_worker.submit(_call, functools.partial(_encode, clip, text)) for clip, text in texts]
+    return list(coming.values())
 
 
 def arrived(request: Any) -> Any:
@@ -70,10 +72,12 @@ def arrived(request: Any) -> Any:
         queue = live.server().prompt_queue
         with queue.mutex:
             busy = bool(queue.queue or queue.currently_running)
+        texts = [] if busy else list(_texts(request["prompt"]))
         if not busy:
-            next_step.arrived(request["prompt"])  # first, as the device may idle
+            # first, as the device may idle
+            next_step.arrived(request["prompt"], {node: clip for node, clip, _ in texts})
             _expect_noise(request["prompt"])
-        for clip, text in [] if busy else _texts(request["prompt"]):
+        for _, clip, text in texts:
             coming = _worker.submit(_call, clip.encode_ahead(text))
             # else who is about to run the prompt keeps the interpreter for longer than all of it takes
             short_turns.__enter__()
@@ -83,18 +87,24 @@ def arrived(request: Any) -> Any:
     return request
 
 
+def _seed(node: Any) -> int | None:
+    """Of a sampler, if it is a number."""
+    seed = node["inputs"].get("seed") if node and node.get("class_type") == SAMPLER else None
+    return seed if type(seed) is int else None  # a bool is one, too
+
+
 def _expect_noise(prompt: dict[str, dict]) -> None:
     """Have the noise drawn of what a prompt samples first."""
-    samplers = [node["inputs"] for node in prompt.values() if node.get("class_type") == SAMPLER]
-    for inputs in samplers[: noise.KEPT]:
-        if type(seed := inputs.get("seed")) is int:  # a bool is one, too
-            noise.expect(seed)
+    seeds = [seed for node in prompt.values() if (seed := _seed(node)) is not None]
+    for seed in seeds[: noise.KEPT]:
+        noise.expect(seed)
 
 
-def _texts(prompt: dict[str, dict]) -> Iterator[tuple[CachedCLIP, str]]:
-    """What a prompt encodes with a CLIP that is there."""
-    found = [node["inputs"] for node in prompt.values() if node.get("class_type") in ENCODERS]
-    for inputs in found[:TEXTS]:
+def _texts(prompt: dict[str, dict]) -> Iterator[tuple[str, CachedCLIP, str]]:
+    """What a prompt encodes with a CLIP that is there, and the nodes that do."""
+    found = [number for number, node in prompt.items() if node.get("class_type") in ENCODERS]
+    for number in found[:TEXTS]:
+        inputs = prompt[number]["inputs"]
         text, link = inputs.get("text"), inputs.get("clip")
         source, output = link if isinstance(link, list) and len(link) == 2 else (None, None)
         loader = prompt.get(str(source), {})
@@ -102,7 +112,7 @@ def _texts(prompt: dict[str, dict]) -> Iterator[tuple[CachedCLIP, str]]:
             continue
         name = json.dumps(loader["inputs"], sort_keys=True, default=str)
         if (clip := _clips.get(name, lambda: None)()) is not None:
-            yield clip, text
+            yield number, clip, text
 
 
 def _encode(clip: CachedCLIP, text: str) -> bool:

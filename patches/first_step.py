@@ -8,6 +8,7 @@ the device compares that with what was begun, and where a number differs the run
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import weakref
 from collections.abc import Callable, Iterator
@@ -82,17 +83,21 @@ class FirstStep:
         self._ahead: tuple[int, _Form, _Run] | None = None  # of a run with this seed
         self._pause = 0  # so many runs, as nobody has come for one
 
-    def begin(self, seed: int, draw: Callable[..., torch.Tensor | None]) -> None:
-        """Begin the first step of a run that is expected to differ from the last one in its seed only.
+    def begin(self, seed: int, draw: Callable[..., torch.Tensor | None], conditioning: torch.Tensor | None = None) -> None:  # fmt: skip
+        """Begin the first step of a run that is expected to differ from the last one in its seed and its prompt only.
 
         Args:
             seed: of its noise.
             draw: gives that for a seed, a shape and a device; None if it takes too long.
+            conditioning: of its prompt, the very tensor that it is going to be given; None for the last run's.
         """
         last = self._last
         if last is None or self._pause:
             return
+        if conditioning is not None:
+            last = dataclasses.replace(last, conditioning=weakref.ref(conditioning))
         if (ahead := self._ahead) is not None and ahead[0] == seed and ahead[1].is_like(last):
+            return
             return
         model, conditioning = last.model(), last.conditioning()
         if model is None or conditioning is None or not self._fits(model, last.shape, last.level):

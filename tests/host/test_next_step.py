@@ -1,4 +1,4 @@
-"""The first step of a prompt that is the last one but for its seed is begun when it arrives: through a real server."""
+"""The first step of a prompt that is like the last one is begun before its sampler's turn: through a real server and its queue."""
 
 import io
 import json
@@ -79,7 +79,9 @@ def test_it_is_begun_and_taken_and_the_pictures_are_the_same(asked):
         plain, log = run(given)
         assert not {"begun", "taken"} & {*log}
         assert all((pixels(a) == pixels(b)).all() for a, b in zip(found[name], plain, strict=True))
-    known, new = ["begun", "taken"], ["not taken"]
-    assert began["runs"] == known + new + known + new
-    # while others run or wait nothing is begun; and nothing of a prompt that is another one in more than its seed
-    assert began["queued"] == new * 3 and began["others"] == new + known
+    # when the prompt arrives, and when its text's node has ended
+    assert began["runs"] == ["begun", "taken"] * 4
+    # on a CPU a text is not encoded ahead: the second is begun when the first picture is decoded, the third after its text
+    assert began["queued"] == ["begun", "taken"] * 3
+    # of a prompt that is another one in more than that nothing is begun
+    assert began["others"] == ["not taken", "begun", "taken"]

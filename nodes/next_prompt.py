@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from comfy_execution.progress import add_progress_handler
+
 from ..patches import fast_vae, noise
 from ..patches.cached_clip import CachedCLIP
 from ..toolkit.shared import short_turns
@@ -57,13 +59,19 @@ def look() -> list[Future[bool]]:
         with queue.mutex:
             waiting = queue.queue[0][2] if queue.queue else {}  # a heap
         _expect_noise(waiting)
-        texts = {node: (clip, text) for node, clip, text in _texts(waiting)}
-        coming = {node: _worker.submit(_call, functools.partial(_encode, *each)) for node, each in texts.items()}  # fmt: skip
-        next_step.decoded(waiting, {node: clip for node, (clip, _) in texts.items()}, coming)
+        add_progress_handler(next_step.Then(_starts))
+        return [_worker.submit(_call, functools.partial(_encode, *each)) for _, *each in _texts(waiting)]  # fmt: skip
     except Exception as error:  # a host that keeps its queue otherwise; the picture is there
         log.debug("Ark: the queue could not be read (%s).", error)
         return []
-    return list(coming.values())
+
+
+def _starts() -> None:
+    """A prompt starts."""
+    queue = live.server().prompt_queue
+    with queue.mutex:
+        (running,) = queue.currently_running.values()
+    next_step.comes(running[2], {node: clip for node, clip, _ in _texts(running[2])})
 
 
 def arrived(request: Any) -> Any:
@@ -75,7 +83,7 @@ def arrived(request: Any) -> Any:
         texts = [] if busy else list(_texts(request["prompt"]))
         if not busy:
             # first, as the device may idle
-            next_step.arrived(request["prompt"], {node: clip for node, clip, _ in texts})
+            next_step.comes(request["prompt"], {node: clip for node, clip, _ in texts})
             _expect_noise(request["prompt"])
         for _, clip, text in texts:
             coming = _worker.submit(_call, clip.encode_ahead(text))
@@ -87,17 +95,12 @@ def arrived(request: Any) -> Any:
     return request
 
 
-def _seed(node: Any) -> int | None:
-    """Of a sampler, if it is a number."""
-    seed = node["inputs"].get("seed") if node and node.get("class_type") == SAMPLER else None
-    return seed if type(seed) is int else None  # a bool is one, too
-
-
 def _expect_noise(prompt: dict[str, dict]) -> None:
     """Have the noise drawn of what a prompt samples first."""
-    seeds = [seed for node in prompt.values() if (seed := _seed(node)) is not None]
-    for seed in seeds[: noise.KEPT]:
-        noise.expect(seed)
+    samplers = [node["inputs"] for node in prompt.values() if node.get("class_type") == SAMPLER]
+    for inputs in samplers[: noise.KEPT]:
+        if type(seed := inputs.get("seed")) is int:  # a bool is one, too
+            noise.expect(seed)
 
 
 def _texts(prompt: dict[str, dict]) -> Iterator[tuple[str, CachedCLIP, str]]:

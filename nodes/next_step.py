@@ -1,7 +1,7 @@
 """The first step of a prompt is begun before its sampler's turn comes, if that is the last prompt but for its seed or its text.
 
-It is begun when the prompt arrives, or, with a new text, when the text's node has ended; of the prompt that is next in the queue
-when the decoder's node has ended. Not before: in dynamic VRAM mode the host waits for the device at the end of each node.
+It is begun when the prompt arrives, or, if others are in the way then, when it starts; with a new text, when the text's node has
+ended. Not before: in dynamic VRAM mode the host waits for the device at the end of each node.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,6 @@ from ..patches.cached_clip import CachedCLIP
 from ..patches.first_step import FirstStep
 
 SAMPLER = "ArkSampler4Step"
-PATIENCE = 0.01  # s for a text that is being encoded
 log = logging.getLogger("ark")
 Prompt = dict[str, dict]
 Clips = Mapping[str, CachedCLIP]  # by the node that encodes a text of its own with one
@@ -45,8 +43,8 @@ class _Next(NamedTuple):
     first: weakref.ref[FirstStep]
 
 
-# what was sampled with, by which node, and in which run
-_last: tuple[_Form, str, weakref.ref[FirstStep], str | None] | None = None
+# what was sampled with, and by which node
+_last: tuple[_Form, str, weakref.ref[FirstStep]] | None = None
 _awaited: _Next | None = None  # whose text's node is still to run
 
 
@@ -67,36 +65,17 @@ def sampled(prompt: Prompt | None, sampler: str, first: FirstStep, device: Any) 
     """
     global _last, _awaited
     form = _form(prompt, sampler) if prompt else None
-    _last, _awaited = form and (form, sampler, weakref.ref(first), _run()), None
+    _last, _awaited = form and (form, sampler, weakref.ref(first)), None
     if form:
         noise.hurry(torch.device(device))
 
 
-def arrived(prompt: Prompt, clips: Clips) -> None:
-    """Begin, or see to it that it is begun, with a prompt that the host has got while nothing else runs or waits."""
+def comes(prompt: Prompt, clips: Clips) -> None:
+    """Begin, or see to it that it is begun, with a prompt that nothing else runs or waits before, or that starts now."""
     global _awaited
-    _awaited = None
-    if (found := _next(prompt, clips)) is None:
-        return
-    if found.clip is None:
+    _awaited = found = _next(prompt, clips)
+    if found is not None and found.clip is None:
         _begin(found)
-    else:
-        _awaited = found
-
-
-def decoded(prompt: Prompt, clips: Clips, coming: Mapping[str, Future]) -> None:
-    """See to it that it is begun with the prompt that is next in the queue when the node that runs has ended.
-
-    Args:
-        prompt: as the host has got it.
-        clips: of its texts.
-        coming: those that are being encoded, likewise.
-    """
-    context, found = get_executing_context(), _next(prompt, clips)
-    # what this one decodes before it samples is followed by its own step
-    if context is not None and found is not None and _last is not None and _last[3] == _run():
-        text = coming.get(found.form.encoder or "")
-        add_progress_handler(_After(context.node_id, functools.partial(_begin, found, text)))
 
 
 def _asked() -> None:
@@ -111,40 +90,45 @@ def _asked() -> None:
         return
     # another prompt may have come before
     if _form(get_progress_state().dynprompt.original_prompt, last[1]) == awaited.form:
-        add_progress_handler(_After(context.node_id, functools.partial(_begin, awaited)))
+        add_progress_handler(Then(functools.partial(_begin, awaited), context.node_id))
 
 
-def _run() -> str | None:
-    """The id of the prompt that runs."""
-    context = get_executing_context()
-    return context and context.prompt_id
+class Then(ProgressHandler):
+    """Does something once.
 
+    Args:
+        work: is done, and may fail: the prompt does it itself then, and says what is wrong.
+        node: when this one has ended; None for when the next prompt starts. There is one of each kind at a time.
+    """
 
-class _After(ProgressHandler):
-    """Does something when a node has ended; there is one of them at a time."""
-
-    def __init__(self, node: str, work: Callable[[], None]):
-        super().__init__("ark_next_step")
+    def __init__(self, work: Callable[[], None], node: str | None = None):
+        super().__init__("ark_next_prompt" if node is None else "ark_next_step")
         self._node, self._work = node, work
 
     def finish_handler(self, node_id: str, state: Any, prompt_id: str) -> None:
         """Called by the host."""
-        if node_id != self._node:
-            return
-        self.disable()
+        if node_id == self._node:
+            self.disable()
+            self._try()
+
+    def reset(self) -> None:
+        """Called by the host."""
+        if self._node is None:
+            self._try()
+
+    def _try(self) -> None:
         try:
             self._work()
-        except Exception as error:  # the prompt takes the step itself, and says what is wrong
+        except Exception as error:
             log.debug("Ark: a first step could not be begun (%s).", error)
 
 
-def _begin(given: _Next, text: Future | None = None) -> None:
+def _begin(given: _Next) -> None:
     global _awaited
-    wait([text] if given.clip and text else [], PATIENCE)
-    clip, first = given.clip() if given.clip else None, given.first()
+    _awaited = None
+    clip, first = given.clip and given.clip(), given.first()
     conditioning = clip.known(given.form.text or "") if clip else None
-    _awaited = given if given.clip and conditioning is None else None
-    if _awaited is None and first is not None:
+    if first is not None and (given.clip is None or conditioning is not None):
         first.begin(given.form.seed, noise.ahead, conditioning)
 
 
@@ -152,7 +136,7 @@ def _next(prompt: Prompt, clips: Clips) -> _Next | None:
     """A prompt that may follow the last one; None if it is another, or the same, which is in the host's cache."""
     if _last is None:
         return None
-    before, sampler, first, _ = _last
+    before, sampler, first = _last
     form = _form(prompt, sampler)
     if form is None or form[2:] != before[2:] or form == before:
         return None

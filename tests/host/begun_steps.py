@@ -18,8 +18,12 @@ def watch(first_step):
     begin, arrived = first_step.FirstStep.begin, first_step.FirstStep._arrived
 
     def noted_begin(self, *given):
+        before = self._ahead
         begin(self, *given)
-        LOG.append("begun" if self._ahead and self._ahead[2].begun else "not begun")
+        if self._ahead is None or self._ahead[2].begun is None:
+            LOG.append("not begun")
+        elif self._ahead is not before:  # it is asked for when the prompt arrives and when it starts
+            LOG.append("begun")
 
     def noted_arrived(self, *given):
         found = arrived(self, *given)

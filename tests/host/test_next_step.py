@@ -81,7 +81,7 @@ def test_it_is_begun_and_taken_and_the_pictures_are_the_same(asked):
         assert all((pixels(a) == pixels(b)).all() for a, b in zip(found[name], plain, strict=True))
     # when the prompt arrives, and when its text's node has ended
     assert began["runs"] == ["begun", "taken"] * 4
-    # on a CPU a text is not encoded ahead: the second is begun when the first picture is decoded, the third after its text
+    # after the text, when the prompt starts, after the text
     assert began["queued"] == ["begun", "taken"] * 3
     # of a prompt that is another one in more than that nothing is begun
     assert began["others"] == ["not taken", "begun", "taken"]

@@ -81,15 +81,10 @@ def comes(prompt: Prompt, clips: Clips) -> None:
 def _asked() -> None:
     """The node that runs has asked for a text."""
     context, awaited, last = get_executing_context(), _awaited, _last
-    if (
-        context is None
-        or awaited is None
-        or last is None
-        or context.node_id != awaited.form.encoder
-    ):
+    if context is None or awaited is None or last is None:
         return
-    # another prompt may have come before
-    if _form(get_progress_state().dynprompt.original_prompt, last[1]) == awaited.form:
+    runs = get_progress_state().dynprompt.original_prompt  # another one may have come before
+    if context.node_id == awaited.form.encoder and _form(runs, last[1]) == awaited.form:
         add_progress_handler(Then(functools.partial(_begin, awaited), context.node_id))
 
 

@@ -98,7 +98,6 @@ class FirstStep:
             last = dataclasses.replace(last, conditioning=weakref.ref(conditioning))
         if (ahead := self._ahead) is not None and ahead[0] == seed and ahead[1].is_like(last):
             return
-            return
         model, conditioning = last.model(), last.conditioning()
         if model is None or conditioning is None or not self._fits(model, last.shape, last.level):
             return

@@ -31,7 +31,7 @@ KEPT = 4  # seeds that are expected, and shapes that a device draws
 SEED = 2685821657736338717  # of the numbers by which it is found out whether that is right
 MOST_NUMBERS = 1 << 21  # of what is drawn ahead: four pictures of 1024x1024
 LEAST_NUMBERS = 1 << 17  # that a device draws: a picture of 512x512
-PARTS = 32  # in which it does
+PARTS = 16  # in which it does
 Shape = tuple[int, ...]
 Drawn = tuple[torch.Tensor, torch.Generator]
 

@@ -22,7 +22,9 @@ def watch(first_step):
         begin(self, *given)
         if self._ahead is None or self._ahead[2].begun is None:
             LOG.append("not begun")
-        elif self._ahead is not before:  # it is asked for when the prompt arrives and when it starts
+        elif (
+            self._ahead is not before
+        ):  # it is asked for when the prompt arrives and when it starts
             LOG.append("begun")
 
     def noted_arrived(self, *given):

@@ -60,7 +60,7 @@ def look() -> list[Future[bool]]:
             waiting = queue.queue[0][2] if queue.queue else {}  # a heap
         _expect_noise(waiting)
         add_progress_handler(next_step.Then(_starts))
-        return [_worker.submit(_call, functools.partial(_encode, *each)) for _, *each in _texts(waiting)]  # fmt: skip
+        return [_worker.submit(_call, functools.partial(_encode, clip, text)) for _, clip, text in _texts(waiting)]  # fmt: skip
     except Exception as error:  # a host that keeps its queue otherwise; the picture is there
         log.debug("Ark: the queue could not be read (%s).", error)
         return []

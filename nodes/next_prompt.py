@@ -60,7 +60,7 @@ def look() -> list[Future[bool]]:
             waiting = queue.queue[0][2] if queue.queue else {}  # a heap
         _expect_noise(waiting)
         add_progress_handler(next_step.Then(_starts))
-        return [_worker.submit(_call, functools.partial(_encode, clip, text)) for _, clip, text in _texts(waiting)]  # fmt: skip
+        return [_worker.submit(_call, functools.partial(_encode, clip, text)) for clip, text in _texts(waiting)]  # fmt: skip
     except Exception as error:  # a host that keeps its queue otherwise; the picture is there
         log.debug("Ark: the queue could not be read (%s).", error)
         return []
@@ -71,7 +71,7 @@ def _starts() -> None:
     queue = live.server().prompt_queue
     with queue.mutex:
         (running,) = queue.currently_running.values()
-    next_step.comes(running[2], {node: clip for node, clip, _ in _texts(running[2])})
+    next_step.comes(running[2])
 
 
 def arrived(request: Any) -> Any:
@@ -80,12 +80,10 @@ def arrived(request: Any) -> Any:
         queue = live.server().prompt_queue
         with queue.mutex:
             busy = bool(queue.queue or queue.currently_running)
-        texts = [] if busy else list(_texts(request["prompt"]))
         if not busy:
-            # first, as the device may idle
-            next_step.comes(request["prompt"], {node: clip for node, clip, _ in texts})
+            next_step.comes(request["prompt"])  # first, as the device may idle
             _expect_noise(request["prompt"])
-        for _, clip, text in texts:
+        for clip, text in [] if busy else _texts(request["prompt"]):
             coming = _worker.submit(_call, clip.encode_ahead(text))
             # else who is about to run the prompt keeps the interpreter for longer than all of it takes
             short_turns.__enter__()
@@ -103,11 +101,10 @@ def _expect_noise(prompt: dict[str, dict]) -> None:
             noise.expect(seed)
 
 
-def _texts(prompt: dict[str, dict]) -> Iterator[tuple[str, CachedCLIP, str]]:
-    """What a prompt encodes with a CLIP that is there, and the nodes that do."""
-    found = [number for number, node in prompt.items() if node.get("class_type") in ENCODERS]
-    for number in found[:TEXTS]:
-        inputs = prompt[number]["inputs"]
+def _texts(prompt: dict[str, dict]) -> Iterator[tuple[CachedCLIP, str]]:
+    """What a prompt encodes with a CLIP that is there."""
+    found = [node["inputs"] for node in prompt.values() if node.get("class_type") in ENCODERS]
+    for inputs in found[:TEXTS]:
         text, link = inputs.get("text"), inputs.get("clip")
         source, output = link if isinstance(link, list) and len(link) == 2 else (None, None)
         loader = prompt.get(str(source), {})
@@ -115,7 +112,7 @@ def _texts(prompt: dict[str, dict]) -> Iterator[tuple[str, CachedCLIP, str]]:
             continue
         name = json.dumps(loader["inputs"], sort_keys=True, default=str)
         if (clip := _clips.get(name, lambda: None)()) is not None:
-            yield number, clip, text
+            yield clip, text
 
 
 def _encode(clip: CachedCLIP, text: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +17,11 @@ from comfy_execution.progress import ProgressHandler, add_progress_handler, get_
 from comfy_execution.utils import get_executing_context
 
 from ..patches import cached_clip, noise
-from ..patches.cached_clip import CachedCLIP
 from ..patches.first_step import FirstStep
 
 SAMPLER = "ArkSampler4Step"
 log = logging.getLogger("ark")
 Prompt = dict[str, dict]
-Clips = Mapping[str, CachedCLIP]  # by the node that encodes a text of its own with one
 
 
 class _Form(NamedTuple):
@@ -35,23 +33,15 @@ class _Form(NamedTuple):
     others: dict[str, Any]
 
 
-class _Next(NamedTuple):
-    """What is expected to be sampled with next."""
-
-    form: _Form
-    clip: weakref.ref[CachedCLIP] | None  # None for the last run's text
-    first: weakref.ref[FirstStep]
-
-
-# what was sampled with, and by which node
+# what was sampled with, by which node, and where that begins
 _last: tuple[_Form, str, weakref.ref[FirstStep]] | None = None
-_awaited: _Next | None = None  # whose text's node is still to run
+_awaited: _Form | None = None  # whose text's node is still to run
 
 
 def watch() -> None:
-    """Look at each text that a prompt asks for."""
-    if _asked not in cached_clip.asked:
-        cached_clip.asked.append(_asked)
+    """Look at each text that is encoded for a prompt."""
+    if _encoded not in cached_clip.given:
+        cached_clip.given.append(_encoded)
 
 
 def sampled(prompt: Prompt | None, sampler: str, first: FirstStep, device: Any) -> None:
@@ -70,22 +60,30 @@ def sampled(prompt: Prompt | None, sampler: str, first: FirstStep, device: Any) 
         noise.hurry(torch.device(device))
 
 
-def comes(prompt: Prompt, clips: Clips) -> None:
+def comes(prompt: Prompt) -> None:
     """Begin, or see to it that it is begun, with a prompt that nothing else runs or waits before, or that starts now."""
     global _awaited
-    _awaited = found = _next(prompt, clips)
-    if found is not None and found.clip is None:
-        _begin(found)
+    _awaited = None
+    if _last is None:
+        return
+    before, sampler, _ = _last
+    form = _form(prompt, sampler)
+    if form is None or form[2:] != before[2:] or form == before:  # the same is in the host's cache
+        return
+    if form.text == before.text:
+        _begin(form.seed)
+    else:
+        _awaited = form
 
 
-def _asked() -> None:
-    """The node that runs has asked for a text."""
+def _encoded(conditioning: torch.Tensor) -> None:
+    """The node that runs has its text."""
     context, awaited, last = get_executing_context(), _awaited, _last
     if context is None or awaited is None or last is None:
         return
     runs = get_progress_state().dynprompt.original_prompt  # another one may have come before
-    if context.node_id == awaited.form.encoder and _form(runs, last[1]) == awaited.form:
-        add_progress_handler(Then(functools.partial(_begin, awaited), context.node_id))
+    if context.node_id == awaited.encoder and _form(runs, last[1]) == awaited:
+        add_progress_handler(Then(functools.partial(_begin, awaited.seed, conditioning), context.node_id))  # fmt: skip
 
 
 class Then(ProgressHandler):
@@ -103,7 +101,6 @@ class Then(ProgressHandler):
     def finish_handler(self, node_id: str, state: Any, prompt_id: str) -> None:
         """Called by the host."""
         if node_id == self._node:
-            self.disable()
             self._try()
 
     def reset(self) -> None:
@@ -112,33 +109,16 @@ class Then(ProgressHandler):
             self._try()
 
     def _try(self) -> None:
+        work, self._work = self._work, lambda: None  # it lives as long as the prompt
         try:
-            self._work()
+            work()
         except Exception as error:
             log.debug("Ark: a first step could not be begun (%s).", error)
 
 
-def _begin(given: _Next) -> None:
-    global _awaited
-    _awaited = None
-    clip, first = given.clip and given.clip(), given.first()
-    conditioning = clip.known(given.form.text or "") if clip else None
-    if first is not None and (given.clip is None or conditioning is not None):
-        first.begin(given.form.seed, noise.ahead, conditioning)
-
-
-def _next(prompt: Prompt, clips: Clips) -> _Next | None:
-    """A prompt that may follow the last one; None if it is another, or the same, which is in the host's cache."""
-    if _last is None:
-        return None
-    before, sampler, first = _last
-    form = _form(prompt, sampler)
-    if form is None or form[2:] != before[2:] or form == before:
-        return None
-    if form.text == before.text:
-        return _Next(form, None, first)
-    clip = clips.get(form.encoder or "")
-    return None if clip is None else _Next(form, weakref.ref(clip), first)
+def _begin(seed: int, conditioning: torch.Tensor | None = None) -> None:
+    if _last is not None and (first := _last[2]()) is not None:
+        first.begin(seed, noise.ahead, conditioning)
 
 
 def _form(prompt: Prompt, sampler: str) -> _Form | None:

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import logging
 import numbers
-import weakref
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,8 +31,8 @@ FORMAT = 1  # counts up when what is kept means something else
 # what its numbers depend on
 SOURCES = "toolkit/qwen3.py", "toolkit/fused/text.py", "toolkit/fused/attend_causal.py", "toolkit/fused/swiglu.py", "toolkit/fused/reference.py", "toolkit/text_engine.py", "patches/text_engine.py", "patches/text_encoder.py"  # fmt: skip
 HOSTS_OWN = {"manual_cast_dtype"}  # an object patch that newer hosts set on every text encoder
-# called before each text that is wanted, in the prompt's thread
-asked: list[Callable[[], Any]] = []
+# called with each conditioning [1, seq_len, width] that is given, in the prompt's thread
+given: list[Callable[[torch.Tensor], Any]] = []
 PLAIN_OPTIONS: tuple[dict[str, Any], ...] = ({}, {"transformer_options": {}})
 log = logging.getLogger("ark")
 
@@ -56,13 +55,12 @@ class CachedCLIP(comfy.sd.CLIP):
         made: Any = cls(no_init=True)
         vars(made).update(vars(clip))
         made.embeddings, made.bypassed, made._tokens = embeddings, set(), {}
-        made._given = weakref.WeakValueDictionary()  # conditionings by key, while somebody has them
         return made
 
     def clone(self, *given: Any, **named: Any) -> CachedCLIP:
         """As the host's; what is kept is shared."""
         made = self.of(super().clone(*given, **named), self.embeddings)
-        made.bypassed, made._tokens, made._given = self.bypassed, self._tokens, self._given
+        made.bypassed, made._tokens = self.bypassed, self._tokens
         return made
 
     def tokenize(self, text: str, return_word_ids: bool = False, **options: Any) -> dict:
@@ -82,8 +80,6 @@ class CachedCLIP(comfy.sd.CLIP):
         self, tokens: dict, return_pooled: bool | str = False, return_dict: bool = False
     ) -> Any:
         """As the host's, from what is kept if it is there."""
-        for tell in asked:
-            tell()
         key, embeddings = self._key(tokens, return_pooled), self.embeddings
         if key is None or embeddings is None:
             self.source = "encoder"
@@ -96,21 +92,11 @@ class CachedCLIP(comfy.sd.CLIP):
                 kept = {name: value for name, value in found.items() if value is not None}
                 embeddings.keep(key, kept, lasting=not self.patcher.patches)
         found = {"cond": found["cond"], "pooled_output": found.get("pooled_output"), **found}
-        self._given[key] = found["cond"]
+        for tell in given:
+            tell(found["cond"])
         if return_dict:
             return found
         return (found["cond"], found["pooled_output"]) if return_pooled else found["cond"]
-
-    def known(self, text: str) -> torch.Tensor | None:
-        """The conditioning [1, seq_len, width] of a text, the very tensor that whoever encodes it has or gets; None if there is none."""
-        key, embeddings = self._key(self.tokenize(text), True), self.embeddings
-        if key is None or embeddings is None:
-            return None
-        if (given := self._given.get(key)) is not None:
-            return given
-        found = (embeddings.recent(key) or {}).get("cond")
-        device = comfy.model_management.intermediate_device()
-        return found if found is not None and found.device == device else None
 
     def load_model(self, *args: Any, **named: Any) -> Any:
         """As the host's; what lies there, and has its memory in a recording, needs nothing of the host."""

@@ -7,6 +7,8 @@ import inspect
 import json
 import logging
 import threading
+from array import array
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +201,8 @@ def embed_tokens(encoder: Any, tokens: list[list], device: torch.device) -> tupl
     if not all({*map(type, section)} == {int} and section[0] != PAD_TOKEN for section in tokens):
         return encoder.process_tokens(tokens, device)[:2]
     ends = torch.tensor([(*section, PAD_TOKEN).index(PAD_TOKEN) for section in tokens])
-    ids = upload(torch.tensor(tokens), device)  # which waits for nothing that the device is at
+    # out of an array, as torch goes through a list slowly; the upload waits for nothing that the device is at
+    ids = upload(torch.frombuffer(array("q", chain(*tokens)), dtype=torch.int64).view(len(tokens), -1), device)  # fmt: skip
     embeds = encoder.transformer.get_input_embeddings()(ids, out_dtype=torch.float32)
     present = torch.arange(ids.shape[1]) < ends[:, None]
     return embeds, present.long()

@@ -70,8 +70,9 @@ def _starts() -> None:
     """A prompt starts."""
     queue = live.server().prompt_queue
     with queue.mutex:
-        (running,) = queue.currently_running.values()
-    next_step.comes(running[2])
+        running = list(queue.currently_running.values())
+    if len(running) == 1:
+        next_step.comes(running[0][2])
 
 
 def arrived(request: Any) -> Any:

@@ -1,7 +1,7 @@
 """The first step of a prompt is begun before its sampler's turn comes, if that is the last prompt but for its seed or its text.
 
-It is begun when the prompt arrives, or, if others are in the way then, when it starts; with a new text, when the text's node has
-ended. Not before: in dynamic VRAM mode the host waits for the device at the end of each node.
+It is begun when the prompt arrives, or, if it had to wait for a picture that Ark decoded, when it starts; with a new text, when
+the text's node has ended. Not before: in dynamic VRAM mode the host waits for the device at the end of each node.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..patches import cached_clip, noise
 from ..patches.first_step import FirstStep
 
 SAMPLER = "ArkSampler4Step"
+SEEDS = 1 << 64  # others are refused by the host when the prompt has arrived
 log = logging.getLogger("ark")
 Prompt = dict[str, dict]
 
@@ -78,19 +79,24 @@ def comes(prompt: Prompt) -> None:
 
 def _encoded(conditioning: torch.Tensor) -> None:
     """The node that runs has its text."""
+    _try(lambda: _await_end(conditioning))
+
+
+def _await_end(conditioning: torch.Tensor) -> None:
     context, awaited, last = get_executing_context(), _awaited, _last
     if context is None or awaited is None or last is None:
         return
     runs = get_progress_state().dynprompt.original_prompt  # another one may have come before
     if context.node_id == awaited.encoder and _form(runs, last[1]) == awaited:
-        add_progress_handler(Then(functools.partial(_begin, awaited.seed, conditioning), context.node_id))  # fmt: skip
+        begin = functools.partial(_begin, awaited.seed, weakref.ref(conditioning))
+        add_progress_handler(Then(begin, context.node_id))
 
 
 class Then(ProgressHandler):
     """Does something once.
 
     Args:
-        work: is done, and may fail: the prompt does it itself then, and says what is wrong.
+        work: is done.
         node: when this one has ended; None for when the next prompt starts. There is one of each kind at a time.
     """
 
@@ -101,24 +107,32 @@ class Then(ProgressHandler):
     def finish_handler(self, node_id: str, state: Any, prompt_id: str) -> None:
         """Called by the host."""
         if node_id == self._node:
-            self._try()
+            self._once()
 
     def reset(self) -> None:
         """Called by the host."""
         if self._node is None:
-            self._try()
+            self._once()
 
-    def _try(self) -> None:
-        work, self._work = self._work, lambda: None  # it lives as long as the prompt
-        try:
-            work()
-        except Exception as error:
-            log.debug("Ark: a first step could not be begun (%s).", error)
+    def _once(self) -> None:
+        if self.enabled:
+            self.disable()
+            _try(self._work)
 
 
-def _begin(seed: int, conditioning: torch.Tensor | None = None) -> None:
-    if _last is not None and (first := _last[2]()) is not None:
-        first.begin(seed, noise.ahead, conditioning)
+def _begin(seed: int, conditioning: Callable[[], torch.Tensor | None] | None = None) -> None:
+    text = conditioning and conditioning()
+    if _last is None or (first := _last[2]()) is None or (conditioning and text is None):
+        return
+    _try(lambda: first.begin(seed, noise.ahead, text))
+
+
+def _try(work: Callable[[], None]) -> None:
+    """Let nobody else come to harm: the prompt does it itself then, and says what is wrong."""
+    try:
+        work()
+    except Exception as error:
+        log.debug("Ark: a first step could not be begun (%s).", error)
 
 
 def _form(prompt: Prompt, sampler: str) -> _Form | None:
@@ -128,7 +142,7 @@ def _form(prompt: Prompt, sampler: str) -> _Form | None:
         return None
     inputs = prompt[sampler].get("inputs", {})
     seed, link = inputs.get("seed"), inputs.get("positive")
-    if type(seed) is not int:  # a bool is one, too
+    if type(seed) is not int or not 0 <= seed < SEEDS:  # a bool is one, too
         return None
     encoder = str(link[0]) if isinstance(link, list) and len(link) == 2 else None
     text = prompt.get(encoder or "", {}).get("inputs", {}).get("text")

@@ -1,8 +1,8 @@
 """The first step of a run, begun before the host asks for it: until then it has 6 ms to do, and the device nothing.
 
-A run like the last one of a model asks for the same step of other noise and another prompt, and these are there when it
-begins; of a run that differs in its seed only they are there when its prompt arrives. What the host asks for in the end decides:
-the device compares that with what was begun, and where a number differs the run is to be repeated.
+A run like the last one of a model asks for the same step of other noise and another prompt. These are there when it begins, and
+may be known before (`nodes/next_step.py`). What the host asks for in the end decides: the device compares that with what was
+begun, and where a number differs the run is to be repeated.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ class FirstStep:
             return
         if conditioning is not None:
             last = dataclasses.replace(last, conditioning=weakref.ref(conditioning))
-        if (ahead := self._ahead) is not None and ahead[0] == seed and ahead[1].is_like(last):
+        if (ahead := self._ahead) is not None:
+            if ahead[0] != seed or not ahead[1].is_like(last):
+                self._in_vain()
             return
         model, conditioning = last.model(), last.conditioning()
         if model is None or conditioning is None or not self._fits(model, last.shape, last.level):
@@ -108,7 +110,6 @@ class FirstStep:
             with current(device), torch.inference_mode():
                 if (noise := draw(seed, last.shape, device)) is None:
                     return
-                self._give_up()
                 begun = self._begin(model, noise, last.level, conditioning)
             self._ahead = (seed, last, begun) if begun.begun is not None else None
             if self._known is None:  # another thread has unloaded it
@@ -175,7 +176,7 @@ class FirstStep:
         self._give_up()
 
     def _arrived(self, seed: int, form: _Form) -> _Run | None:
-        """What was begun for this run when its prompt arrived."""
+        """What was begun for this run before it began."""
         self._pause = max(self._pause - 1, 0)
         if (ahead := self._ahead) is None:  # another thread may unload the model at any time
             return None
@@ -183,9 +184,13 @@ class FirstStep:
         if expected == seed and of.is_like(form):
             self._ahead = None
             return run
+        self._in_vain()
+        return None
+
+    def _in_vain(self) -> None:
+        """Nobody has come for what was begun."""
         self._pause = PAUSE
         self._give_up()
-        return None
 
     def _give_up(self) -> None:
         ahead, self._ahead = self._ahead, None
@@ -207,8 +212,12 @@ class FirstStep:
             return _Run(None, None)
         try:
             with current(known.like.device), torch.inference_mode():
-                given = _given(noise, level, conditioning, known.like)
-                return _Run(self._engine().runner.begin(weights, *given, *known.others), weights)
+                tokens, embeds = _given(noise, level, conditioning, known.like)
+                # somebody may write to it meanwhile
+                if embeds.data_ptr() == conditioning.data_ptr():
+                    embeds = embeds.clone()
+                given = tokens, embeds, *known.others
+                return _Run(self._engine().runner.begin(weights, *given), weights)
         except RuntimeError as error:  # out of memory, too; the step is taken when it is asked for
             reason = str(error).partition("\n")[0]
         log.info("Ark: a first step could not be begun (%s).", reason)

@@ -1,7 +1,7 @@
 """The host's noise without the host, drawn before it is asked for where its seed is known.
 
-To draw it takes the processor 2 to 4 ms for a picture of 1024x1024, in which the device would have nothing to do. Where somebody
-waits for it the device draws it, too (`toolkit/mersenne.py`).
+To draw it takes the processor 2 to 4 ms for a picture of 1024x1024, in which the device would have nothing to do. What a step is
+begun with before that is there the device draws itself (`toolkit/mersenne.py`).
 """
 
 from __future__ import annotations
@@ -160,6 +160,8 @@ def _find(shape: Shape, device: torch.device) -> None:
                     found = drawing.randn(SEED)
             expected, _ = _draw(SEED, shape, "cpu")
             made = drawing if torch.equal(found.cpu(), expected.view(-1)) else None
+        except torch.cuda.OutOfMemoryError:  # the next run asks again
+            return
         except Exception as error:  # a Triton that is broken raises whatever it likes
             log.info("Ark: the processor draws noise (%s).", str(error).partition("\n")[0])
     while len(_there) >= KEPT:
@@ -172,7 +174,9 @@ def _draw_there(seed: int, shape: Shape, device: torch.device) -> torch.Tensor |
         return None
     try:
         return drawing.randn(seed).view(shape)
-    except Exception as error:  # out of memory, or what Triton raises
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # a Triton that is broken raises whatever it likes
         _there[shape, device] = None
         log.info("Ark: the processor draws noise from now on (%s).", str(error).partition("\n")[0])
         return None

@@ -28,7 +28,7 @@ class CpuRandn:
         count: of the numbers, a multiple of 16.
         parts: that are drawn at the same time.
         device: that draws them. Nothing is done there before the first draw.
-        operations: has `jump` and `normal`, see `fused/reference.py`.
+        operations: has `jump` and `normal`, see `fused/reference_randn.py`.
 
     Raises:
         ValueError: the numbers cannot be drawn so.

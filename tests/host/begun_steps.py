@@ -1,6 +1,7 @@
 """A custom node pack for a test's server: first steps are begun on a CPU, too, and counted, for whoever asks at /begun."""
 
 import sys
+import threading
 
 import server
 from aiohttp import web
@@ -17,15 +18,18 @@ def watch(first_step):
     """Note down what is begun ahead, and what a run finds."""
     begin, arrived = first_step.FirstStep.begin, first_step.FirstStep._arrived
 
-    def noted_begin(self, *given):
+    def noted_begin(self, seed, draw, text):
         before = self._ahead
-        begin(self, *given)
+        begin(self, seed, draw, text)
+        when = "at its start" if text is None else "after its text"
+        if threading.current_thread() is threading.main_thread():
+            when = "on arrival"
         if self._ahead is None or self._ahead[2].begun is None:
-            LOG.append("not begun")
+            LOG.append(f"not begun {when}")
         elif (
             self._ahead is not before
         ):  # it is asked for when the prompt arrives and when it starts
-            LOG.append("begun")
+            LOG.append(f"begun {when}")
 
     def noted_arrived(self, *given):
         found = arrived(self, *given)

@@ -20,6 +20,8 @@ import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import execution  # noqa: E402
 import torch  # noqa: E402
+from comfy_execution import progress  # noqa: E402
+from comfy_execution.utils import CurrentNodeContext  # noqa: E402
 
 sys.path.append(str(pack_parent))
 from tiny_klein import KLEIN, with_lora  # noqa: E402
@@ -306,6 +308,43 @@ with torch.inference_mode():
     add = (lambda: waiting.update({0: 1})) if isinstance(waiting, dict) else (lambda: waiting.append(1))  # fmt: skip
     then("while another runs", 54, before=add)
     waiting.clear()
+    begin = first_step.FirstStep.begin
+
+    def full(*given):
+        raise torch.cuda.OutOfMemoryError("the card is full")
+
+    first_step.FirstStep.begin = full
+    then("cannot be begun", 54, before=noise._coming.clear)
+    found["cannot be begun"] = [found["cannot be begun"], [seed for seed, *_ in noise._coming]]
+    first_step.FirstStep.begin = begin
+    then("a seed that is too large", (1 << 64) - 1)
+    then("replaced", 54)  # nobody comes for it
+    found["replaced"] = [found["replaced"], arrive(graph(56)), arrive(graph(57))]
+    # a conditioning that lies where the model does, in its dtype, and is written to meanwhile
+    fused = fresh()
+    first = engine_on(fused).first
+    text = texts[0].to(first._known.like.dtype, copy=True)
+    first.begin(58, noise.ahead, text)
+    text *= 1.5
+    made, counts = sample(fused, text, 58)
+    found["written to"] = [counts[1], torch.equal(made, sample(plain, text, 58)[0])]
+    # neither a text's node nor the start of a prompt comes to harm
+    form, ran = next_step._form, []
+
+    def broken(*given):
+        ran.append(given)
+        raise LookupError("a host with another list of prompts")
+
+    progress.add_progress_handler(next_step.Then(broken))
+    progress.reset_progress_state("next", types.SimpleNamespace(original_prompt={}))
+    progress.add_progress_handler(next_step.Then(broken, "4"))
+    for _ in range(2):
+        progress.get_progress_state().finish_progress("4")
+    next_step._form, next_step._awaited = broken, next_step._last[0]._replace(encoder="4")
+    with CurrentNodeContext("next", "4"):
+        next_step._encoded(texts[0])
+    next_step._form = form
+    found["handlers"] = len(ran)
     then("unloaded before its run", 54)
     kept = weakref.ref(engine_on(fused)._made)
     comfy.model_management.unload_all_models()
@@ -353,6 +392,9 @@ with torch.inference_mode():
         noise.settle()
         how = later
         ahead(kind)
+        if kind == "same":  # a prompt that the host is going to refuse costs nothing
+            arrive(graph(1 << 64))
+            found["refused"] = all(noise._there.values()) and len(noise._there)
     first_step.DEVICES = ()
     for kind, (*mine, made, text, seed, after) in hurried.items():
         right = torch.equal(made, sample(plain, texts[text], seed)[0])

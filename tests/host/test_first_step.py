@@ -108,6 +108,7 @@ def test_one_that_was_begun_with_another_text_is_not_taken(found):
     "other",
     [
         "its seed is a bool",
+        "a seed that is too large",
         "another's seed",
         "another class",
         "no such sampler",
@@ -120,6 +121,23 @@ def test_one_that_was_begun_with_another_text_is_not_taken(found):
 )
 def test_of_other_prompts_it_is_not_begun_on_arrival(found, other):
     assert found["like it"] == 1 and found[other] == 0
+
+
+def test_noise_is_drawn_where_no_step_can_be_begun(found):
+    assert found["cannot be begun"] == [0, [55]]
+
+
+def test_each_that_is_begun_in_vain_is_one_too_many(found):
+    assert found["replaced"] == [1, 0, 0]
+
+
+def test_what_it_was_begun_with_is_nobodys_to_write_to(found):
+    steps, right = found["written to"]
+    assert steps > 4 and right
+
+
+def test_who_calls_it_comes_to_no_harm(found):
+    assert found["handlers"] == 3
 
 
 def test_weights_go_with_what_was_begun_of_them(found):
@@ -137,6 +155,10 @@ def test_nobody_waits_for_noise_that_may_wait_itself(found):
 )  # fmt: skip
 def test_its_noise_is_drawn_by_the_device_if_that_draws_the_same(found, there, draws, steps):
     assert found[f"there, {there}"] == [draws, steps, True, True]
+
+
+def test_a_seed_that_is_refused_changes_nothing(found):
+    assert found["refused"] == 1
 
 
 def test_with_noise_that_is_not_the_processors_the_run_is_repeated(found):

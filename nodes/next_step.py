@@ -41,8 +41,8 @@ _awaited: _Form | None = None  # whose text's node is still to run
 
 def watch() -> None:
     """Look at each text that is encoded for a prompt."""
-    if _encoded not in cached_clip.given:
-        cached_clip.given.append(_encoded)
+    if _encoded not in cached_clip.encoded:
+        cached_clip.encoded.append(_encoded)
 
 
 def sampled(prompt: Prompt | None, sampler: str, first: FirstStep, device: Any) -> None:

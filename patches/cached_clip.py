@@ -32,7 +32,7 @@ FORMAT = 1  # counts up when what is kept means something else
 SOURCES = "toolkit/qwen3.py", "toolkit/fused/text.py", "toolkit/fused/attend_causal.py", "toolkit/fused/swiglu.py", "toolkit/fused/reference.py", "toolkit/text_engine.py", "patches/text_engine.py", "patches/text_encoder.py"  # fmt: skip
 HOSTS_OWN = {"manual_cast_dtype"}  # an object patch that newer hosts set on every text encoder
 # called with each conditioning [1, seq_len, width] that is given, in the prompt's thread
-given: list[Callable[[torch.Tensor], Any]] = []
+encoded: list[Callable[[torch.Tensor], Any]] = []
 PLAIN_OPTIONS: tuple[dict[str, Any], ...] = ({}, {"transformer_options": {}})
 log = logging.getLogger("ark")
 
@@ -92,7 +92,7 @@ class CachedCLIP(comfy.sd.CLIP):
                 kept = {name: value for name, value in found.items() if value is not None}
                 embeddings.keep(key, kept, lasting=not self.patcher.patches)
         found = {"cond": found["cond"], "pooled_output": found.get("pooled_output"), **found}
-        for tell in given:
+        for tell in encoded:
             tell(found["cond"])
         if return_dict:
             return found

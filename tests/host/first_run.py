@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import sys
 import threading
 import types
@@ -385,13 +386,19 @@ with torch.inference_mode():
         *counts, made, text, seed = arrivals[-1]
         hurried[name] = [len(there), counts, made, text, seed, torch.get_rng_state()]
 
-    hurried = {}
+    hurried, said = {}, []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    noise.log.addHandler(handler)
+    noise.log.setLevel(logging.INFO)
     for kind, first, later in (("same", right_jump, right_jump), ("other", other_jump, other_jump), ("broken", broken_jump, broken_jump), ("later broken", right_jump, broken_jump), ("later other", right_jump, other_jump)):  # fmt: skip
         fused, how, noise._there = fresh(), first, {}
+        said.clear()
         ahead()
         noise.settle()
         how = later
         ahead(kind)
+        found[f"said, {kind}"] = [line for line in said if "processor" in line]
         if kind == "same":  # a prompt that the host is going to refuse costs nothing
             arrive(graph(1 << 64))
             found["refused"] = all(noise._there.values()) and len(noise._there)

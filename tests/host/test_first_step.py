@@ -155,6 +155,9 @@ def test_nobody_waits_for_noise_that_may_wait_itself(found):
 )  # fmt: skip
 def test_its_noise_is_drawn_by_the_device_if_that_draws_the_same(found, there, draws, steps):
     assert found[f"there, {there}"] == [draws, steps, True, True]
+    why = {"other": "is another", "broken": "no memory", "later broken": "no memory"}
+    said = found[f"said, {there}"]
+    assert len(said) == (there in why) and all(why[there] in line for line in said)
 
 
 def test_a_seed_that_is_refused_changes_nothing(found):

@@ -51,7 +51,6 @@ def asked(comfyui, tmp_path_factory):
                 numbers.append(client.prompt(prompt(*each[:2], **(each[2] if each[2:] else {}))))
                 if not queued:
                     picture(numbers[-1])
-                    time.sleep(0.2)  # it is taken off the list of those that run
             return [picture(number) for number in numbers], client.get("/begun")
 
         yield run, client

@@ -2,9 +2,10 @@
 
 Real ComfyUI servers side by side, real HTTP and websockets, 1024x1024, 4 steps, everything loaded: Ark's nodes (fused
 engine, bf16, fp8, and with the kernels that run by name only, where they are installed) against stock ones in both of the
-host's memory modes, in turns; one of them works at a time. A case
-ends when the server starts the node after VAEDecode, so that the picture is in the host's memory; what SaveImage takes is
-measured apart. Then an editing reference is encoded, and 200 prompts are queued at once: pictures a second, how busy the
+host's memory modes, in turns; one of them works at a time. A prompt is queued a while after the last picture, as by somebody
+who has looked at it, and others as soon as that is there (`_at_once`): a card that had no pause is held back by its power
+limit. A case ends when the server starts the node after VAEDecode, so that the picture is in the host's memory; what SaveImage
+takes is measured apart. Then an editing reference is encoded, and 200 prompts are queued at once: pictures a second, how busy the
 GPU is, and what memory the server holds at the beginning and at the end. Random weights of the true shapes. Needs a GPU, a
 ComfyUI of 0.33 or later and 17 GB of disk. `--tiny` runs Ark's part with the embedded model, on a CPU too, to test the
 benchmark itself (then nothing is recorded).
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import platform
 import re
 import statistics
@@ -54,6 +56,8 @@ SERVERS = {**dict.fromkeys(ARK, ()), "comfyui_static": STATIC, "comfyui_dynamic"
 FLAGS = ["--preview-method", "none"]  # the host's own default; a preview makes every step wait
 HIDDEN = 3072  # width of Klein 4B
 WARM = 4  # rounds that load, time kernels and record
+REST = 0.5  # s; on an H200 prompts of one server took as long after 0.3, 1, 3 and 10
+AT_ONCE = "_at_once"  # the end of a case's name
 LEFT = {  # rows of what Ark has begun before the node is asked for it, by the node
     "encode_new": ("text", "Ark's: what is left of it at its node; it begins when the prompt arrives"),
     "decode": ("decode", "Ark's: what is left of it at its node; it begins when the sampler has ended, where most of it is counted"),
@@ -134,6 +138,7 @@ def main() -> None:
     parser.add_argument("--comfyui", type=Path, required=True)
     parser.add_argument("--folder", type=Path, help="where the files are made and kept (default: temporary)")  # fmt: skip
     parser.add_argument("--repeat", type=int, default=15)
+    parser.add_argument("--rest", type=float, default=REST, help="s between a picture and the next prompt")  # fmt: skip
     parser.add_argument("--sustained", type=int, default=200, help="prompts queued at once")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
@@ -156,7 +161,7 @@ def main() -> None:
                 continue
             host = stack.enter_context(bootstrap.Host.start(args.comfyui, extra_args=[*FLAGS, *flags], model_folders=folders))  # fmt: skip
             servers[name] = Server(name, host, args)
-        rows = measure(servers, args.repeat) + edits(servers, args.repeat)
+        rows = measure(servers, args.repeat, args.rest) + edits(servers, args.repeat)
         rows += [
             saving(servers["bf16"]),
             sustained(servers.get("fp8_attention", servers["fp8"]), args.sustained),
@@ -167,7 +172,11 @@ def main() -> None:
     versions = {"python": platform.python_version(), "torch": version("torch"), "comfyui": known}
     card = torch.cuda.get_device_name()
     print(write_record("end_to_end", card, versions, rows))
-    timed = [item for item in rows if item["unit"] == "ms" and item["case"] not in LEFT]
+    timed = [
+        item
+        for item in rows
+        if item["unit"] == "ms" and item["case"] not in LEFT and AT_ONCE not in item["case"]
+    ]
     print(bar_chart("end_to_end", f"Klein 4B, Queue to picture, ms ({card}), shorter is better", timed))  # fmt: skip
 
 
@@ -182,29 +191,36 @@ def median(runs: list[tuple[float, dict[str, float]]], of: str | None = None) ->
     return statistics.median(total if of is None else spent.get(of, 0.0) for total, spent in runs)
 
 
-def measure(servers: dict[str, Server], repeat: int) -> list[dict]:
-    """New and repeated prompts, in turns."""
-    new: dict[str, list] = {name: [] for name in servers}
-    repeated: dict[str, list] = {name: [] for name in servers}
+def measure(servers: dict[str, Server], repeat: int, rest: float) -> list[dict]:
+    """New and repeated prompts, after a rest (s) and at once, in turns."""
+    cases = [(case, end) for end in ("", AT_ONCE) for case in ("new_prompt", "repeat_prompt")]
+    found: dict[str, dict[str, list]] = {case + end: {name: [] for name in servers} for case, end in cases}  # fmt: skip
+    numbers = itertools.count(50)
     for turn in range(-WARM, repeat):
         for name, server in list(servers.items())[:: 1 if turn % 2 == 0 else -1]:
-            prompt = f"picture {turn} of {name} " + "word " * 40
-            first = server.run(server.graph(prompt, 2 * turn + 50))
-            again = server.run(server.graph(prompt, 2 * turn + 51))
+            prompt, took = "", []
+            for case, end in cases if turn >= 0 else cases[:2]:
+                seed = next(numbers)
+                if case == "new_prompt":
+                    prompt = f"picture {seed} of {name} " + "word " * 40
+                if turn >= 0 and not end:
+                    time.sleep(rest)
+                took.append(server.run(server.graph(prompt, seed)))
+                if turn >= 0:
+                    found[case + end][name].append(took[-1])
             if turn == -WARM:
-                print(f"{name}: first {first[0]:.0f} ms, second {again[0]:.0f} ms", flush=True)
-            if turn >= 0:
-                new[name].append(first)
-                repeated[name].append(again)
+                print(f"{name}: first {took[0][0]:.0f} ms, second {took[1][0]:.0f} ms", flush=True)
         if turn == -WARM and torch.cuda.is_available():
             time.sleep(NEW_HERE)
     rows, stock = [], [name for name in servers if name not in ARK]
-    for case, found in (("new_prompt", new), ("repeat_prompt", repeated)):
-        peers = {name: median(found[name]) for name in stock}
+    for case, end in cases:
+        of = found[case + end]
+        peers = {name: median(of[name]) for name in stock}
         for name in filter(servers.__contains__, ARK):
-            runs = found[name]
-            parts = ", ".join(f"{part} {median(runs, part):.1f}" for part in ("text", "sample", "decode"))  # fmt: skip
-            rows.append(said(f"{case}_{name}", median(runs), "ms", repeat, peers, note=parts))
+            parts = ", ".join(f"{part} {median(of[name], part):.1f}" for part in ("text", "sample", "decode"))  # fmt: skip
+            pause = f"{rest:g} s after the last picture" if not end else "at once after it"
+            rows.append(said(f"{case}_{name}{end}", median(of[name]), "ms", repeat, peers, note=f"{pause}; {parts}"))  # fmt: skip
+    new = found["new_prompt"]
     for case, (part, note) in LEFT.items():
         peers = {name: median(new[name], part) for name in stock}
         rows.append(said(case, median(new["bf16"], part), "ms", repeat, peers, note=note))

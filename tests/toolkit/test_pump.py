@@ -171,3 +171,16 @@ def test_pinned_for_good(file, device):
     assert all(torch.equal(view.cpu(), tensors[name]) for name, view in layout.views(target).items())  # fmt: skip
     mmap_pin.forget(model.identity)
     assert not flat.is_pinned()
+
+
+@pytest.mark.gpu
+def test_what_cuda_refuses_is_not_raised_by_a_later_kernel(caplog):
+    memory, x = torch.zeros(1 << 20, dtype=torch.uint8), torch.ones(4, device="cuda")
+    pump.unregister(memory.data_ptr())  # it was never pinned
+    assert "would not unpin" in caplog.text and x.add_(1).sum() == 8
+    pump.register(memory.data_ptr(), memory.nbytes)
+    with pytest.raises(TransferFailed, match="would not pin 1 MB"):
+        pump.register(memory.data_ptr(), memory.nbytes)
+    assert x.add_(1).sum() == 12
+    pump.unregister(memory.data_ptr())
+    assert not memory.is_pinned()

@@ -249,11 +249,21 @@ def test_a_container_has_less_memory_than_the_machine(monkeypatch):
     assert storage.total_memory() == 1_000_000_000
 
 
+@pytest.fixture
+def own_ring(monkeypatch):
+    """No slots of other loads; those of this one are unpinned, as CUDA must not keep what is unmapped next."""
+    ring: list[torch.Tensor] = []
+    monkeypatch.setattr(pump, "_ring", ring)
+    yield
+    for slot in ring:
+        pump.unregister(slot.data_ptr())
+
+
+@pytest.mark.usefixtures("own_ring")
 @pytest.mark.parametrize("device", DEVICES)
 def test_cold_file_past_the_page_cache(file, device, monkeypatch):
     model, tensors = file
     monkeypatch.setattr(pump, "PIECE", 40960)
-    monkeypatch.setattr(pump, "_ring", [])
     monkeypatch.setattr(stream, "available_memory", lambda: model.size)
     assert stream.past_the_cache(model, COLD)
     assert not stream.past_the_cache(model, WARM) and not stream.past_the_cache(model, NETWORK)

@@ -216,18 +216,22 @@ def register(address: int, nbytes: int, flags: int = 0) -> None:
         TransferFailed: CUDA would not.
     """
     if code := int(torch.cuda.cudart().cudaHostRegister(address, nbytes, flags)):
-        with contextlib.suppress(
-            RuntimeError
-        ):  # CUDA keeps the error, and would raise it at some later kernel
-            torch.ones(1, device="cuda").add_(1)
-            torch.cuda.synchronize()
+        _forget_error()
         raise TransferFailed(f"CUDA would not pin {nbytes >> 20} MB (error {code})")
 
 
 def unregister(address: int) -> None:
     """Undo `register`."""
     if code := int(torch.cuda.cudart().cudaHostUnregister(address)):
+        _forget_error()
         log.warning("Ark igniter: CUDA would not unpin memory (error %d).", code)
+
+
+def _forget_error() -> None:
+    """CUDA keeps the error of a call, and would raise it at some later kernel of this thread."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda").add_(1)
+        torch.cuda.synchronize()
 
 
 def _open(file: ModelFile, direct: bool) -> FileIO:

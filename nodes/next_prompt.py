@@ -62,7 +62,7 @@ def look() -> list[Future[bool]]:
         add_progress_handler(next_step.Then(_starts))
         return [_worker.submit(_call, functools.partial(_encode, clip, text)) for clip, text in _texts(waiting)]  # fmt: skip
     except Exception as error:  # a host that keeps its queue otherwise; the picture is there
-        log.debug("Ark: the queue could not be read (%s).", error)
+        next_step.tell_once("the queue could not be read", error)
         return []
 
 

@@ -37,6 +37,7 @@ class _Form(NamedTuple):
 # what was sampled with, by which node, and where that begins
 _last: tuple[_Form, str, weakref.ref[FirstStep]] | None = None
 _awaited: _Form | None = None  # whose text's node is still to run
+_said: set[tuple[str, type[Exception]]] = set()  # what the log has told of
 
 
 def watch() -> None:
@@ -132,7 +133,14 @@ def _try(work: Callable[[], None]) -> None:
     try:
         work()
     except Exception as error:
-        log.debug("Ark: a first step could not be begun (%s).", error)
+        tell_once("a first step could not be begun ahead", error)
+
+
+def tell_once(what: str, error: Exception) -> None:
+    """Let the log say what is not done ahead, and why: once, as it is likely to be so with each prompt."""
+    level = logging.DEBUG if (what, type(error)) in _said else logging.INFO
+    _said.add((what, type(error)))
+    log.log(level, "Ark: %s (%s).", what, error)
 
 
 def _form(prompt: Prompt, sampler: str) -> _Form | None:

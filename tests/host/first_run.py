@@ -330,7 +330,11 @@ with torch.inference_mode():
     made, counts = sample(fused, text, 58)
     found["written to"] = [counts[1], torch.equal(made, sample(plain, text, 58)[0])]
     # neither a text's node nor the start of a prompt comes to harm
-    form, ran = next_step._form, []
+    form, ran, said = next_step._form, [], []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    noise.log.addHandler(handler)
+    noise.log.setLevel(logging.INFO)
 
     def broken(*given):
         ran.append(given)
@@ -345,7 +349,7 @@ with torch.inference_mode():
     with CurrentNodeContext("next", "4"):
         next_step._encoded(texts[0])
     next_step._form = form
-    found["handlers"] = len(ran)
+    found["handlers"] = [len(ran), said.copy()]
     then("unloaded before its run", 54)
     kept = weakref.ref(engine_on(fused)._made)
     comfy.model_management.unload_all_models()
@@ -386,11 +390,7 @@ with torch.inference_mode():
         *counts, made, text, seed = arrivals[-1]
         hurried[name] = [len(there), counts, made, text, seed, torch.get_rng_state()]
 
-    hurried, said = {}, []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    noise.log.addHandler(handler)
-    noise.log.setLevel(logging.INFO)
+    hurried = {}
     for kind, first, later in (("same", right_jump, right_jump), ("other", other_jump, other_jump), ("broken", broken_jump, broken_jump), ("later broken", right_jump, broken_jump), ("later other", right_jump, other_jump)):  # fmt: skip
         fused, how, noise._there = fresh(), first, {}
         said.clear()

@@ -137,7 +137,9 @@ def test_what_it_was_begun_with_is_nobodys_to_write_to(found):
 
 
 def test_who_calls_it_comes_to_no_harm(found):
-    assert found["handlers"] == 3
+    calls, said = found["handlers"]
+    assert calls == 3
+    assert said == ["Ark: a first step could not be begun ahead (a host with another list of prompts)."]  # fmt: skip
 
 
 def test_weights_go_with_what_was_begun_of_them(found):

@@ -39,7 +39,7 @@ from ark.toolkit.schedule import klein_sigmas  # noqa: E402
 
 # as where steps are recorded
 first_step.DEVICES, Graphs.recorded = ("cpu",), 1
-found, steps, drawn, before_the_host = {}, [], [], []
+found, steps, drawn, before_the_host = {"off": {}}, [], [], []
 denoise, draw, hosts_sample = running.step.denoise, noise._draw, comfy.samplers.CFGGuider.sample
 running.step.denoise = lambda *given: steps.append(1) or denoise(*given)
 noise._draw = lambda *given: drawn.append(given[0]) or draw(*given)
@@ -92,8 +92,11 @@ with torch.inference_mode():
         first_step.DEVICES = ()
         expected = [sample(like, texts[text], seed, **how)[0] for text, seed in runs]
         first_step.DEVICES = ("cpu",)
-        pairs = zip(made, expected, strict=True)
+        pairs = list(zip(made, expected, strict=True))
         found[name] = [[*counts, torch.equal(mine, right)] for (mine, counts), right in pairs]
+        off = [float((mine - right).abs().max()) for (mine, _), right in pairs]
+        if any(off):
+            found["off"][name] = off
 
     def fresh():
         """A model whose first step is known."""

@@ -20,7 +20,7 @@ NOT, BEGUN = [0, 4, True], [1, 4, True]
 
 def test_a_run_like_the_last_one_is_begun(found):
     # the second is the first that the model lies ready for
-    assert found["runs"] == [NOT, NOT, BEGUN, BEGUN]
+    assert found["runs"] == [NOT, NOT, BEGUN, BEGUN], found["off"]
     assert found["other size"] == [NOT, NOT, BEGUN]
     assert found["batch"] == [NOT, NOT, BEGUN]
     assert found["LoRA"][-1] == BEGUN
